@@ -1,0 +1,115 @@
+"""Host-wide ageing: who may take pages when they are short, and who is asked to give some back.
+
+Every sequence gets a number when it begins; a lower number is older. A request that is refused
+pages leaves a *demand*. Rules:
+
+1. Pages go to growing sequences before new ones, and among each by age: what older demands are
+   waiting for is not handed to a younger request.
+2. The oldest growing demand, or an admission demand that is the oldest of all active requests, may
+   ask the youngest running sequence younger than itself to yield, one at a time.
+
+So the oldest sequence is never preempted, and while its demand stands something is always given
+back: it finishes, and then the next is the oldest.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from kvd.session import Session
+from kvd_shared.errors import UnknownRequest
+
+
+@dataclass(slots=True)
+class Request:
+    """One sequence. `demand` pages were refused last (0: none); `asked` to yield, not yet done."""
+
+    number: int
+    session: Session
+    running: bool = False
+    demand: int = 0
+    asked: bool = False
+
+
+class AgeQueue:
+    """Invariants: numbers rise and are never reused; a request that yielded is not running; at
+    most one request is asked to yield at a time."""
+
+    def __init__(self) -> None:
+        self._requests: dict[int, Request] = {}  # by number, so by age
+        self._next = 1
+
+    def begin(self, session: Session, count: int) -> int:
+        """Number `count` sequences; returns the first of their consecutive numbers."""
+        first = self._next
+        self._next += count
+        for number in range(first, self._next):
+            self._requests[number] = Request(number, session)
+        return first
+
+    def get(self, session: Session, number: int) -> Request:
+        request = self._requests.get(number)
+        if request is None or request.session is not session:
+            raise UnknownRequest(
+                f"request {number} is not one that this session has begun and not ended"
+            )
+        return request
+
+    def end(self, request: Request) -> None:
+        del self._requests[request.number]
+
+    def drop_session(self, session: Session) -> None:
+        for request in self.of_session(session):
+            self.end(request)
+
+    def served(self, request: Request) -> None:
+        """The request got what it wanted."""
+        request.running, request.demand = True, 0
+
+    def yielded(self, request: Request) -> None:
+        """The request gave its pages back and queues again, with its old number."""
+        request.running, request.demand, request.asked = False, 0, False
+
+    def available_to(self, request: Request | None, available: int) -> int:
+        """How many of the `available` pages this request may take; others wait for the rest.
+
+        Callers without a request number come after all who have one.
+        """
+        for other in self._requests.values():
+            if not other.demand or other is request:
+                continue
+            older = request is None or other.number < request.number
+            if request is not None and request.running:
+                ahead = other.running and older
+            else:
+                ahead = other.running or older
+            if ahead:
+                available -= other.demand
+        return max(available, 0)
+
+    def refuse(self, request: Request, wanted: int) -> Request | None:
+        """Note the demand of a refused request; returns who is to be asked to yield, if anyone."""
+        request.demand = wanted
+        active = [r for r in self._requests.values() if r.running or r.demand]
+        growing = [r for r in active if r.running and r.demand]
+        oldest = growing[0] if growing else active[0]
+        if oldest is not request or any(r.asked for r in active):
+            return None
+        younger = [r for r in active if r.running and r.number > request.number]
+        if not younger:
+            return None
+        younger[-1].asked = True
+        return younger[-1]
+
+    def of_session(self, session: Session) -> list[Request]:
+        return [r for r in self._requests.values() if r.session is session]
+
+    def counts(self) -> tuple[int, int]:
+        """(running, waiting) requests."""
+        running = sum(r.running for r in self._requests.values())
+        return running, len(self._requests) - running
+
+    def check(self) -> None:
+        assert sum(r.asked for r in self._requests.values()) <= 1, "two requests asked to yield"
+        assert all(n < self._next for n in self._requests)
+        assert not any(r.asked and not r.running for r in self._requests.values())

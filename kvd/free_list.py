@@ -1,0 +1,61 @@
+"""Which pages are free, each with the generation that its next use will have."""
+
+from __future__ import annotations
+
+from array import array
+
+import numpy as np
+
+from kvd_shared.refs import GENERATION, REF_BYTES, page_of, refs_from_bytes
+
+
+class FreeList:
+    """A stack of page references: a page freed last is used first, while it is warm.
+
+    Invariant: no page is on the stack twice; `current[page]` is the only generation of a page
+    whose references are valid, and a page on the stack is there with that generation.
+    """
+
+    def __init__(self, num_pages: int) -> None:
+        self._stack = array("q", range(num_pages - 1, -1, -1))  # page 0 goes first
+        self._current = np.arange(num_pages, dtype=np.int64)  # each page's reference now
+
+    def __len__(self) -> int:
+        return len(self._stack)
+
+    @property
+    def num_pages(self) -> int:
+        return len(self._current)
+
+    def take(self, n: int) -> bytes:
+        """References of n pages. The caller has checked that as many are free."""
+        if n == 0:
+            return b""
+        taken = self._stack[-n:]
+        del self._stack[-n:]
+        return taken.tobytes()
+
+    def put(self, refs: bytes) -> None:
+        """Make pages free and raise their generation. They can be taken again at once."""
+        raised = refs_from_bytes(refs) + GENERATION
+        self._current[raised & 0xFFFF_FFFF] = raised
+        self._stack.frombytes(raised.tobytes())
+
+    def current(self, page: int) -> int:
+        """The valid reference of a page, whatever its state is."""
+        return int(self._current[page])
+
+    def is_current(self, ref: int) -> bool:
+        page = page_of(ref)
+        return 0 <= page < len(self._current) and self.current(page) == ref
+
+    def check(self) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
+        """The free references, after asserting the invariant."""
+        free = refs_from_bytes(self._stack.tobytes())
+        pages = free & 0xFFFF_FFFF
+        assert len(np.unique(pages)) == len(pages), "a page is on the free list twice"
+        assert (self._current[pages] == free).all(), "a free page has a stale generation"
+        return free
+
+    def bytes_used(self) -> int:
+        return len(self._stack) * REF_BYTES + self._current.nbytes

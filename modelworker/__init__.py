@@ -1,0 +1,1 @@
+"""The stateless worker that computes over pages which the daemon owns."""

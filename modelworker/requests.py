@@ -1,0 +1,102 @@
+"""What the HTTP side and the engine say to each other. Neither knows the other's inside."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+from kvd_shared.errors import KvdError
+
+FinishReason = Literal["stop", "length"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SamplingParams:
+    """How the next token is chosen and when to stop.
+
+    temperature 0 is greedy. `seed` None draws a fresh one. `stop` strings end the text before
+    their first appearance. `top_k` 0 and `top_p` 1 keep every token.
+    """
+
+    max_tokens: int
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    seed: int | None = None
+    stop: tuple[str, ...] = ()
+    ignore_eos: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GenerationRequest:
+    """`n` continuations of one prompt. `salt` separates tenants: KV is shared only within one."""
+
+    request_id: str
+    prompt_ids: tuple[int, ...]
+    params: SamplingParams
+    n: int = 1
+    salt: bytes = b""
+    use_cache: bool = True  # False neither matches nor publishes
+
+
+@dataclass(frozen=True, slots=True)
+class Delta:
+    """New text of continuation `index`; may be empty while a character or stop string is open."""
+
+    index: int
+    text: str
+    token_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """Continuation `index` is complete. The last event of that index."""
+
+    index: int
+    reason: FinishReason
+    num_generated: int
+    cached_tokens: int  # of the prompt, found in the shared cache when it was first admitted
+
+
+@dataclass(frozen=True, slots=True)
+class Failed:
+    """The whole request ended with a typed error. The last event of the request."""
+
+    error: KvdError
+
+
+Event = Delta | Finished | Failed
+Emit = Callable[[Event], None]
+
+
+class RequestTooLong(KvdError):
+    """Prompt and max_tokens do not fit the model's context or the pool. HTTP 413."""
+
+    code = "REQUEST_TOO_LONG"
+
+
+class QueueFull(KvdError):
+    """As many requests wait as are allowed to. HTTP 429."""
+
+    code = "QUEUE_FULL"
+    retryable = True
+
+
+class Engine(Protocol):
+    """The engine as the HTTP side sees it. All methods may be called from any thread."""
+
+    def submit(self, request: GenerationRequest, emit: Emit) -> None:
+        """Queue a request. `emit` is called from the engine's thread with its events.
+
+        Raises RequestTooLong, QueueFull, or a retryable KvdError while no daemon is attached.
+        """
+        ...
+
+    def cancel(self, request_id: str) -> None:
+        """Forget a request and give its pages back; unknown ids are ignored (it just ended)."""
+        ...
+
+    def health(self) -> dict[str, object]:
+        """`{"status": "ok" | "detached" | "stopping", "running": n, "waiting": n, ...}`."""
+        ...

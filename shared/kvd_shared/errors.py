@@ -1,0 +1,113 @@
+"""Every way in which kvd says no. One class per misuse; the code is what travels on the wire."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+
+class KvdError(Exception):
+    """A request was refused and changed nothing.
+
+    `code` is stable and travels on the wire; `retryable` says whether the same request can succeed
+    later without being changed; `details` holds the numbers of the message for programs.
+    """
+
+    code: ClassVar[str] = "INTERNAL"
+    retryable: ClassVar[bool] = False
+
+    def __init__(self, message: str, **details: Any) -> None:
+        super().__init__(message)
+        self.message = message
+        self.details = details
+
+
+class BadRequest(KvdError):
+    """The frame or one of its fields cannot be understood."""
+
+    code = "BAD_REQUEST"
+
+
+class TooLarge(KvdError):
+    """A message is over the size limit; refused before it is sent."""
+
+    code = "TOO_LARGE"
+
+
+class ProtocolMismatch(KvdError):
+    """The peer speaks a protocol version that this side does not."""
+
+    code = "PROTOCOL_MISMATCH"
+
+
+class LayoutMismatch(KvdError):
+    """The worker's model or KV layout is not the pool's."""
+
+    code = "LAYOUT_MISMATCH"
+
+
+class NotAllowed(KvdError):
+    """The peer's credentials or role do not permit this."""
+
+    code = "NOT_ALLOWED"
+
+
+class UnknownPool(KvdError):
+    """No pool of that name is configured."""
+
+    code = "UNKNOWN_POOL"
+
+
+class SessionEnded(KvdError):
+    """The session token is unknown or its session is over; attach again."""
+
+    code = "SESSION_ENDED"
+    retryable = True
+
+
+class NotHeld(KvdError):
+    """A page reference that the session does not hold: a double free or a stale generation."""
+
+    code = "NOT_HELD"
+
+
+class UnknownRequest(KvdError):
+    """A request number that this session did not begin or has ended."""
+
+    code = "UNKNOWN_REQUEST"
+
+
+class NoPages(KvdError):
+    """Not enough pages are free or evictable for this request now. Details: `missing`, pages."""
+
+    code = "NO_PAGES"
+    retryable = True
+
+
+class Draining(KvdError):
+    """The daemon is shutting down and admits nothing new."""
+
+    code = "DRAINING"
+    retryable = True
+
+
+class DaemonUnreachable(KvdError):
+    """No daemon answers on the sockets: not started, gone, or not permitted."""
+
+    code = "DAEMON_UNREACHABLE"
+    retryable = True
+
+
+_BY_CODE: dict[str, type[KvdError]] = {c.code: c for c in [KvdError, *KvdError.__subclasses__()]}
+
+
+def error_to_wire(error: KvdError) -> dict[str, Any]:
+    """The `error` map of a reply."""
+    return {"code": error.code, "message": error.message, "details": error.details}
+
+
+def error_from_wire(wire: dict[str, Any]) -> KvdError:
+    """The typed error of a reply; an unknown code (a newer daemon's) becomes a plain KvdError."""
+    code, message = str(wire.get("code")), str(wire.get("message"))
+    details = {str(k): v for k, v in (wire.get("details") or {}).items() if k != "message"}
+    cls = _BY_CODE.get(code)
+    return cls(message, **details) if cls else KvdError(f"{code}: {message}", **details)

@@ -1,0 +1,10 @@
+"""Exit codes of `kvd`, `kvdctl` and `modelworker`; scripts and units rely on them."""
+
+OK = 0
+RUNTIME_ERROR = 1
+USAGE = 2  # argparse's own
+UNREACHABLE = 3  # no daemon answers
+NOT_FOUND = 4  # no such pool, session or page
+IN_USE = 5  # another daemon owns the sockets
+TIMEOUT = 6
+BAD_CONFIG = 78  # EX_CONFIG of sysexits.h; the units do not restart on it
