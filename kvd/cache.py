@@ -21,7 +21,7 @@ from kvd.age_queue import AgeQueue, Request
 from kvd.free_list import FreeList
 from kvd.radix_tree import RadixTree, Span, Walk
 from kvd.session import Session
-from kvd_shared.errors import BadRequest, NoPages, NotHeld, SessionEnded
+from kvd_shared.errors import BadRequest, Draining, NoPages, NotHeld, SessionEnded
 from kvd_shared.namespace import Namespace
 from kvd_shared.refs import (
     REF_BYTES,
@@ -79,6 +79,7 @@ class CacheManager:
         self.queue = AgeQueue()
         self.counters = Counters()
         self.sessions: dict[int, Session] = {}
+        self.draining = False  # begin no more requests
         self.to_yield: list[Request] = []  # for the server to pass on; it empties the list
 
     # --- sessions
@@ -110,6 +111,8 @@ class CacheManager:
         """Number `count` sequences for their age; returns the first number."""
         self._live(session)
         self._check_count(count)
+        if self.draining:
+            raise Draining("the daemon is shutting down and begins no more requests")
         return self.queue.begin(session, count)
 
     def end(self, session: Session, number: int) -> None:

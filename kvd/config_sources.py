@@ -7,7 +7,7 @@ Each source gives `{path: Setting}`; a path is the keys from the top, such as
 from __future__ import annotations
 
 import tomllib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -81,7 +81,7 @@ def from_environment(env: Mapping[str, str]) -> Settings:
         section, *rest = variable.removeprefix(ENV_PREFIX).lower().split("__")
         if section not in SECTIONS:
             raise ConfigError(
-                f"environment: {variable}: no such section {section!r}; {nearest(section, SECTIONS)}"
+                f"environment: {variable}: no such section; {nearest(section, SECTIONS)}"
             )
         path = (section, *(int(key) if key.isdecimal() else key for key in rest))
         settings[path] = Setting(value, variable, "environment", True)
@@ -118,13 +118,12 @@ def show_path(path: KeyPath) -> str:
 
 
 def _leaves(value: Any, path: KeyPath) -> Iterator[tuple[KeyPath, Any]]:
-    items: Any = None
+    items: Iterable[tuple[Key, Any]] = ()
     if isinstance(value, dict):
         items = value.items()
     elif isinstance(value, list) and path == ("pool",):
         items = enumerate(value)
-    if items is None:
+    for key, child in items:
+        yield from _leaves(child, (*path, key))
+    if not items:  # also an empty table, so that an empty [[pool]] is seen
         yield path, value
-    else:
-        for key, child in items:
-            yield from _leaves(child, (*path, key))

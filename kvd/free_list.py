@@ -33,6 +33,7 @@ class FreeList:
             return b""
         taken = self._stack[-n:]
         del self._stack[-n:]
+        taken.reverse()
         return taken.tobytes()
 
     def put(self, refs: bytes) -> None:

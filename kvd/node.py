@@ -42,9 +42,7 @@ class Node:
         self.tokens = tokens  # int32 token ids, a whole number of pages
         self.refs = refs  # int64 page references, as many
         self.children: dict[bytes, Node] = {}  # by the tokens of the child's first page, exactly
-        self.holders: dict[
-            Session, int
-        ] = {}  # session -> how often it holds each page of this node
+        self.holders: dict[Session, int] = {}  # how often it holds each page
         self.protected_children = 0  # of children
         self.last_use_s = 0.0  # when the last hold ended; meaningful while unheld
 

@@ -11,7 +11,6 @@ from kvd_shared.layout import PoolLayout
 from kvd_shared.mapping import POOL_SEALS
 from kvd_shared.sizes import format_bytes
 
-
 MAX_CHUNKS = 64  # all fds of a pool travel in one message, which carries 253
 MIN_CHUNK_BYTES = 64 << 20
 

@@ -12,6 +12,7 @@ import jinja2.ext
 import jinja2.nodes
 import jinja2.parser
 import jinja2.sandbox
+
 from kvd_shared.errors import BadRequest
 from kvd_shared.model_folder import BadModelFolder
 

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from modelworker.tokenizer import Tokenizer
 
 _UNFINISHED = "\N{REPLACEMENT CHARACTER}"  # what the bytes of an incomplete character decode to
-_MAX_CHARACTER_TOKENS = 4  # UTF-8 needs at most 4 bytes, and a token holds at least one
-_WINDOW = 8  # tokens that are decoded again with each new one, before the window moves on
+_MAX_OPEN = 8  # tokens: a character takes up to 4, and U+FFFD itself, before it, looks unfinished
+_WINDOW = 12  # tokens that are decoded again with each new one, before the window moves on
 
 
 class IncrementalText:
@@ -54,6 +54,9 @@ class IncrementalText:
 class _Decoder:
     """Decodes a window of the last tokens, so that a token's cost does not grow with the text.
 
+    Exact for all text. Bytes that are no UTF-8 become U+FFFD as in the whole decoding, except that
+    a byte-fallback decoder, which judges whole runs of bytes, may give another number of them.
+
     0 <= `_given` <= len(decode(`_window`)): characters of the window's text that were returned.
     """
 
@@ -66,20 +69,20 @@ class _Decoder:
 
     def push(self, token_id: int) -> str:
         if not self._tokenizer.has_text(token_id):
-            return ""  # it would be a window's head that hides nothing from the decoder's strip
+            return ""  # heading a window, it would let the next token be treated as the first
         self._window.append(token_id)
         text = self._tokenizer.decode(self._window)
         if not text.endswith(_UNFINISHED):
             self._previous, self._settled = self._settled, len(self._window)
-            known = len(text)
-        elif len(self._window) - self._settled < _MAX_CHARACTER_TOKENS:
-            known = len(text.rstrip(_UNFINISHED))
-        else:  # no character is that long: the bytes are invalid, and only the last may be open
-            known = len(text) - 1
+            known, movable = len(text), True
+        elif len(self._window) - self._settled < _MAX_OPEN:
+            known, movable = len(text.rstrip(_UNFINISHED)), False
+        else:  # invalid bytes: no character is that long, and only the last may still be one
+            known, movable = len(text) - 1, True
         new = text[self._given : known]
         self._given = max(self._given, known)
-        if len(self._window) > _WINDOW:
-            self._move_on(whole=not text.endswith(_UNFINISHED))
+        if movable and len(self._window) > _WINDOW:
+            self._move_on(whole=known == len(text))
         return new
 
     def flush(self) -> str:
@@ -89,7 +92,7 @@ class _Decoder:
 
     def _move_on(self, whole: bool) -> None:
         """Keeps the last character's tokens: a decoder treats the first token of all apart."""
-        start = self._previous if whole else len(self._window) - _MAX_CHARACTER_TOKENS
+        start = self._previous if whole else len(self._window) - _MAX_OPEN
         tail = self._window[start:]
         text = self._tokenizer.decode(tail)
         if text.endswith(_UNFINISHED) == whole:

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import tokenizers
+
 from kvd_shared.errors import BadRequest
 from kvd_shared.model_folder import BadModelFolder
-
 from modelworker.chat_template import ChatTemplate
 
 

@@ -80,7 +80,7 @@ def paged_attention(
     `q` [T, heads, head_dim], float32 or bfloat16; `pages` as in `write_kv`, the read mapping, cast
     to q's dtype as they are gathered. Query head h reads kv head h // (heads / kv_heads).
     """
-    out = torch.empty_like(q)
+    out = q.new_empty(q.shape)  # dense, though q may be a slice of something wider
     layer_pages = pages[:, layer].permute(
         1, 2, 0, 3, 4
     )  # [2, kv_heads, pages, page_size, head_dim]

@@ -44,7 +44,7 @@ class Kernels(Protocol):
 
 
 def kernels_for(device: torch.device) -> Kernels:
-    """The kernels that read pages on `device`. Raises NoKernels: nothing slower is taken instead."""
+    """The kernels that read pages on `device`. Raises NoKernels: nothing slower steps in."""
     if device.type == "cpu":
         return cpu
     raise NoKernels(

@@ -1,4 +1,4 @@
-"""What the kernels must compute, one number after the other in float32. Slow, obvious, the truth."""
+"""What the kernels must compute, token by token in float32: slow, and easy to check by eye."""
 
 from __future__ import annotations
 

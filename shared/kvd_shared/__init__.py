@@ -1,1 +1,1 @@
-"""What the daemon, the workers and the admin command have in common. Imports neither torch nor triton."""
+"""What the daemon, the workers and the admin command share. Imports neither torch nor triton."""

@@ -97,7 +97,8 @@ class DaemonUnreachable(KvdError):
     retryable = True
 
 
-_BY_CODE: dict[str, type[KvdError]] = {c.code: c for c in [KvdError, *KvdError.__subclasses__()]}
+_KINDS: list[type[KvdError]] = [KvdError, *KvdError.__subclasses__()]
+_BY_CODE = {kind.code: kind for kind in _KINDS}
 
 
 def error_to_wire(error: KvdError) -> dict[str, Any]:

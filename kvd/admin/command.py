@@ -1,0 +1,122 @@
+"""The command line of `kvdctl`. Imports the client only once there is something to ask."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from kvd import __version__
+from kvd.admin import pages, sessions, status, tree
+from kvd.admin.style import Style
+from kvd.admin.verb import Reply, Verb
+from kvd_shared import exit_codes
+
+SCHEMA = "kvd/v1"
+VERBS: dict[str, Verb] = {
+    "status": status.VERB,
+    "pages": pages.VERB,
+    "tree": tree.VERB,
+    "sessions": sessions.VERB,
+}
+EXIT_CODES = f"""\
+exit codes: {exit_codes.OK} ok, {exit_codes.RUNTIME_ERROR} runtime error, \
+{exit_codes.USAGE} usage, {exit_codes.UNREACHABLE} daemon unreachable, \
+{exit_codes.NOT_FOUND} not found, {exit_codes.TIMEOUT} timeout
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Returns the exit code; wrong usage raises SystemExit(2)."""
+    args = _parser().parse_args(argv)
+    verb = VERBS[args.verb]
+    sys.stdout.reconfigure(errors="replace")  # type: ignore[union-attr]  # it is a TextIOWrapper
+    try:
+        code, reply = _ask(verb, args)
+        if reply is not None:
+            print(_shown(verb, reply, args), flush=True)
+    except BrokenPipeError:
+        # `| head` has seen enough; without this the interpreter's own flush would complain
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return exit_codes.OK
+    except KeyboardInterrupt:
+        return 130  # as shells report SIGINT
+    return code
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="kvdctl",
+        description="Looks at a running kvd. Changes nothing.",
+        epilog=EXIT_CODES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"kvdctl {__version__}")
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument(
+        "-o", dest="output", choices=("table", "json"), default="table", help="default: table"
+    )
+    common.add_argument(
+        "--socket-dir",
+        type=Path,
+        metavar="DIR",
+        help="the daemon's sockets (default: $KVD_SOCKET_DIR, /run/kvd or $XDG_RUNTIME_DIR/kvd)",
+    )
+    common.add_argument(
+        "--timeout", type=_seconds, default=5.0, metavar="S", help="in seconds (default: 5)"
+    )
+    commands = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
+    for name, verb in VERBS.items():
+        own = commands.add_parser(
+            name,
+            help=verb.help,
+            description=verb.help,
+            epilog=EXIT_CODES,
+            parents=[common],
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        verb.arguments(own)
+    return parser
+
+
+def _seconds(text: str) -> float:
+    value = float(text)
+    if not 0 < value < 86400:
+        raise argparse.ArgumentTypeError(f"{text} is not between 0 and 86400 seconds")
+    return value
+
+
+def _ask(verb: Verb, args: argparse.Namespace) -> tuple[int, Reply | None]:
+    """The exit code, and the daemon's reply if there is one; errors are told on stderr."""
+    from kvd_shared.client import KvdClient
+    from kvd_shared.errors import DaemonUnreachable, KvdError, UnknownPool
+    from kvd_shared.socket_dir import default_socket_dir
+
+    client = None
+    try:
+        directory = args.socket_dir or default_socket_dir(os.environ)
+        client = KvdClient.attach(directory, name="kvdctl", role="admin", timeout_s=args.timeout)
+        with client:
+            return exit_codes.OK, client.call(verb.call(args), args.timeout)
+    except ValueError as e:
+        return _fail(e, exit_codes.USAGE), None
+    except UnknownPool as e:
+        return _fail(e, exit_codes.NOT_FOUND), None
+    except DaemonUnreachable as e:
+        return _fail(e, exit_codes.UNREACHABLE), None
+    except KvdError as e:
+        return _fail(e, exit_codes.RUNTIME_ERROR), None
+
+
+def _shown(verb: Verb, reply: Reply, args: argparse.Namespace) -> str:
+    if args.output == "json":
+        return json.dumps({"schema": SCHEMA, **verb.json(reply)})
+    return verb.page(reply, Style.of(sys.stdout, os.environ), args)
+
+
+def _fail(error: Exception, code: int) -> int:
+    print(f"kvdctl: {error}", file=sys.stderr)
+    return code

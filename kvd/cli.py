@@ -1,0 +1,99 @@
+"""The `kvd` command."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from kvd import __version__
+from kvd_shared import exit_codes
+
+EXIT_CODES = f"""\
+exit codes: {exit_codes.OK} ended as asked, {exit_codes.RUNTIME_ERROR} runtime error, \
+{exit_codes.USAGE} usage, {exit_codes.IN_USE} another kvd owns the sockets,
+{exit_codes.BAD_CONFIG} bad configuration (restarting does not help)
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Returns the exit code; wrong usage raises SystemExit(2)."""
+    args = _parser().parse_args(argv)
+    code: int = args.run(args)
+    return code
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="kvd",
+        description="A daemon that owns the KV cache pages of a device and shares them between "
+        "model workers.",
+        epilog=EXIT_CODES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    version = commands.add_parser("version", help="print the version and the protocol's")
+    version.set_defaults(run=_version)
+    serve = commands.add_parser(
+        "serve",
+        help="run the daemon",
+        description="Run the daemon in the foreground until SIGTERM. Flags win over the "
+        "environment (KVD_DAEMON__LOG_LEVEL, KVD_POOL__0__SIZE), which wins over the file.",
+        epilog=EXIT_CODES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    serve.set_defaults(run=_serve)
+    serve.add_argument("--config", type=Path, metavar="FILE", help="a TOML file")
+    for flag, (metavar, text) in SERVE_FLAGS.items():
+        serve.add_argument(flag, dest=flag, metavar=metavar, help=text)
+    return parser
+
+
+SERVE_FLAGS = {
+    "--socket-dir": ("DIR", "where the sockets are (default: /run/kvd or $XDG_RUNTIME_DIR/kvd)"),
+    "--log-level": ("LEVEL", "debug, info, warning or error"),
+    "--log-format": ("FORMAT", "auto, json or console"),
+    "--model": ("DIR", "the pool's model folder, which says its layout"),
+    "--layout": ("LAYOUT", "instead of a model: num_layers=2,num_kv_heads=2,head_dim=32"),
+    "--pool-name": ("NAME", "default: the model folder's name"),
+    "--pool-size": ("SIZE", "256MiB, 4096 pages (default: 256MiB)"),
+    "--page-size": ("TOKENS", "tokens a page, a power of two from 8 to 256 (default: 16)"),
+    "--kv-dtype": ("DTYPE", "auto, float32, bfloat16 or float16 (default: auto)"),
+}
+
+
+def _version(args: argparse.Namespace) -> int:
+    from kvd_shared.wire import PROTOCOL_VERSION
+
+    print(f"kvd {__version__}, protocol {PROTOCOL_VERSION}")
+    return exit_codes.OK
+
+
+def _serve(args: argparse.Namespace) -> int:
+    from kvd.config import load_config
+    from kvd.config_error import ConfigError
+    from kvd.lockfile import AlreadyRunning
+    from kvd.page_pool import PoolTooLarge
+    from kvd_shared.logs import configure
+    from kvd_shared.model_folder import BadModelFolder
+
+    flags = {flag: getattr(args, flag) for flag in SERVE_FLAGS if getattr(args, flag) is not None}
+    try:
+        config = load_config(args.config, os.environ, flags)
+        configure("kvd", config.daemon.log_level, config.daemon.log_format, sys.stdout)
+        from kvd.server import serve
+
+        return serve(config)
+    except (ConfigError, BadModelFolder) as e:
+        return _fail(e, exit_codes.BAD_CONFIG)
+    except AlreadyRunning as e:
+        return _fail(e, exit_codes.IN_USE)
+    except (PoolTooLarge, OSError) as e:
+        return _fail(e, exit_codes.RUNTIME_ERROR)
+
+
+def _fail(error: Exception, code: int) -> int:
+    print(f"kvd: {error}", file=sys.stderr)
+    return code

@@ -1,0 +1,1 @@
+"""The worker's HTTP API: OpenAI's completions and chat completions, and what is around them."""

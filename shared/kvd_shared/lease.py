@@ -1,0 +1,144 @@
+"""The lease socket: how a process attaches, and how each side notices that the other is gone.
+
+One AF_UNIX SEQPACKET connection a session. The client sends one packet, the daemon answers with
+one, to which the pool's fds are attached (SCM_RIGHTS). After that nothing is said: the connection
+stays open for the session's life, and its end of file is the news.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import msgpack
+
+from kvd_shared.errors import BadRequest, DaemonUnreachable, KvdError, TooLarge, error_from_wire
+from kvd_shared.layout import PoolLayout
+from kvd_shared.wire import MAX_ATTACH_BYTES, PROTOCOL_VERSION, read_map
+
+LEASE_SOCKET = "lease.sock"
+RPC_SOCKET = "rpc.sock"
+MAX_FDS = 64
+ROLES = ("worker", "admin")
+GEOMETRY = ("num_layers", "num_kv_heads", "head_dim")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AttachRequest:
+    """Who attaches and what it expects. Role worker gets a pool; `pool` None means the only one,
+    or the only one of that `model`. `geometry` and `model` are checked against the pool's."""
+
+    role: str
+    name: str
+    pid: int
+    pool: str | None = None
+    geometry: dict[str, int] | None = None
+    model: str | None = None
+
+    def to_wire(self) -> bytes:
+        fields = {name: getattr(self, name) for name in self.__slots__}
+        return msgpack.packb({"v": PROTOCOL_VERSION, "op": "attach", **fields})
+
+    @classmethod
+    def from_wire(cls, raw: bytes) -> AttachRequest:
+        packet = read_map(raw)
+        names = {"v", "op", *cls.__slots__}
+        if packet.get("op") != "attach" or set(packet) != names:
+            raise BadRequest(f"an attach packet is a map with exactly {sorted(names)}")
+        request = cls(**{name: packet[name] for name in cls.__slots__})
+        request._check()
+        return request
+
+    def _check(self) -> None:
+        if self.role not in ROLES:
+            raise BadRequest(f"role {self.role!r}: must be one of {', '.join(ROLES)}")
+        if not isinstance(self.name, str) or not 0 < len(self.name) <= 64:
+            raise BadRequest(f"name {self.name!r}: must be a string of 1 to 64 characters")
+        if not isinstance(self.pid, int) or self.pid < 1:
+            raise BadRequest(f"pid {self.pid!r}: must be a positive number")
+        for field in ("pool", "model"):
+            value = getattr(self, field)
+            if value is not None and not isinstance(value, str):
+                raise BadRequest(f"{field} {value!r}: must be a string or nil")
+        geometry = self.geometry
+        if geometry is not None and (
+            not isinstance(geometry, dict)
+            or set(geometry) != set(GEOMETRY)
+            or not all(type(v) is int for v in geometry.values())
+        ):
+            raise BadRequest(f"geometry {geometry!r}: must be nil or a map of numbers {GEOMETRY}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PoolOffer:
+    """A pool as the daemon hands it out. `pool_id` names this physical memory."""
+
+    name: str
+    pool_id: str
+    layout: PoolLayout
+    num_pages: int
+    model: str | None
+    chunk_bytes: list[int]
+
+    def to_wire(self) -> dict[str, Any]:
+        fields = {name: getattr(self, name) for name in self.__slots__}
+        return fields | {"layout": self.layout.to_wire()}
+
+    @classmethod
+    def from_wire(cls, wire: dict[str, Any]) -> PoolOffer:
+        return cls(**(wire | {"layout": PoolLayout.from_wire(wire["layout"])}))
+
+
+@dataclass(frozen=True, slots=True)
+class Attached:
+    """An accepted attach, on the client's side. The fds are the caller's to close."""
+
+    connection: socket.socket
+    session: int
+    token: bytes
+    pool: PoolOffer | None
+    fds: list[int]
+
+
+def attach(socket_dir: Path, request: AttachRequest, timeout_s: float) -> Attached:
+    """Connect and attach. Raises DaemonUnreachable, or the error that the daemon answers."""
+    path = socket_dir / LEASE_SOCKET
+    connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_CLOEXEC)
+    try:
+        connection.settimeout(timeout_s)
+        connection.connect(os.fspath(path))
+        connection.send(request.to_wire())
+        raw, fds, flags, _ = socket.recv_fds(connection, MAX_ATTACH_BYTES, MAX_FDS)
+        if not raw:
+            raise DaemonUnreachable(f"the daemon at {path} closed the connection unanswered")
+        if flags & (socket.MSG_TRUNC | socket.MSG_CTRUNC):
+            raise TooLarge(f"the daemon's answer is over {MAX_ATTACH_BYTES} bytes or {MAX_FDS} fds")
+        reply = read_map(raw)
+        if "error" in reply:
+            raise error_from_wire(reply["error"])
+        pool = reply["pool"]
+        offer = PoolOffer.from_wire(pool) if pool is not None else None
+        return Attached(connection, reply["session"], reply["token"], offer, list(fds))
+    except OSError as e:  # TimeoutError too
+        connection.close()
+        raise DaemonUnreachable(f"no daemon answers at {path}: {e.strerror or e}") from e
+    except KvdError:
+        connection.close()
+        raise
+
+
+def accepted(session: int, token: bytes, pool: PoolOffer | None) -> bytes:
+    """The daemon's answer to an attach."""
+    offer = pool.to_wire() if pool is not None else None
+    return msgpack.packb({"v": PROTOCOL_VERSION, "session": session, "token": token, "pool": offer})
+
+
+def peer_credentials(connection: socket.socket) -> tuple[int, int, int]:
+    """(pid, uid, gid) of the peer as this process's namespaces see them; pid 0: it is not seen."""
+    raw = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
+    pid, uid, gid = struct.unpack("3i", raw)
+    return pid, uid, gid

@@ -1,0 +1,65 @@
+"""The client's side of the RPC channel without its socket: numbering, encoding, decoding."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from kvd_shared.errors import BadRequest, KvdError, error_from_wire
+from kvd_shared.verbs import Call
+from kvd_shared.wire import PROTOCOL_VERSION, Frames, FrameWriter, read_header
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class Notice:
+    """What the daemon says unasked. `yield`: the named sequence is asked to give its pages back
+    and queue again."""
+
+    kind: str
+    request: int
+
+
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """An answer to call number `seq`, or to none of ours (0) when the frames made no sense."""
+
+    seq: int
+    header: dict[str, Any]
+    frames: Frames
+
+
+class RpcCodec:
+    """Numbers and encodes calls, decodes what comes back."""
+
+    def __init__(self, token: bytes) -> None:
+        self._token = token
+        self._seq = 0
+
+    def request(self, call: Call[Any]) -> tuple[int, list[bytes]]:
+        """The call's number and its frames. Raises TooLarge before anything is sent."""
+        writer = FrameWriter()
+        body = call.to_wire(writer)
+        header = {"v": PROTOCOL_VERSION, "session": self._token, "seq": self._seq + 1, **body}
+        frames = writer.message(header)
+        self._seq += 1
+        return self._seq, frames
+
+    def incoming(self, frames: Frames) -> Reply | Notice:
+        """What a message from the daemon is. Raises BadRequest if it is neither."""
+        header = read_header(frames)
+        if "notice" in header:
+            return Notice(header["notice"], header["request"])
+        if "seq" not in header:
+            raise BadRequest("the daemon's message is neither a reply nor a notice")
+        return Reply(header["seq"], header, frames)
+
+
+def read_reply(call: Call[T], reply: Reply) -> T:
+    """The result of a call, or raises the error that the daemon answered."""
+    if "error" in reply.header:
+        raise error_from_wire(reply.header["error"])
+    result = call.read(reply.header["result"], reply.frames)
+    assert not isinstance(result, KvdError)
+    return result
