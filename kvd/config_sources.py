@@ -62,7 +62,11 @@ def from_file(path: Path) -> Settings:
         wanted, written = (list, "[[pool]]") if name == "pool" else (dict, "[daemon]")
         if not isinstance(value, wanted):
             raise ConfigError(f"{path}: {name}: must be written as {written}")
-    return {p: Setting(v, show_path(p), str(path)) for p, v in _leaves(tree, ())}
+    return {
+        key: Setting(leaf, show_path(key), str(path))
+        for name, value in tree.items()
+        for key, leaf in _leaves(value, (name,))
+    }
 
 
 def from_environment(env: Mapping[str, str]) -> Settings:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import ctypes
 from dataclasses import dataclass
 
 import torch
 
 from kvd_shared.layout import PoolLayout
+from kvd_shared.lease import PoolOffer
+from kvd_shared.mapping import PoolMapping
 
 TORCH_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -32,6 +35,19 @@ class PoolView:
             page_shape(layout, num_pages), float("nan"), dtype=TORCH_DTYPES[layout.dtype]
         )
         return cls(layout, pages, pages)
+
+    @classmethod
+    def attached(cls, offer: PoolOffer, mapping: PoolMapping) -> PoolView:
+        """The mapped pool of a daemon. Good until the mapping is closed."""
+        shape = page_shape(offer.layout, offer.num_pages)
+        dtype = TORCH_DTYPES[offer.layout.dtype]
+
+        def view(address: int) -> torch.Tensor:
+            # from the address: a read-only buffer makes torch warn about what is wanted here
+            memory = (ctypes.c_char * mapping.num_bytes).from_address(address)
+            return torch.frombuffer(memory, dtype=dtype).view(shape)
+
+        return cls(offer.layout, view(mapping.read_address), view(mapping.write_address))
 
     @property
     def num_pages(self) -> int:

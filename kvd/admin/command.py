@@ -12,7 +12,7 @@ from pathlib import Path
 from kvd import __version__
 from kvd.admin import pages, sessions, status, tree
 from kvd.admin.style import Style
-from kvd.admin.verb import Reply, Verb
+from kvd.admin.verb import Reply, Verb, seconds
 from kvd_shared import exit_codes
 
 SCHEMA = "kvd/v1"
@@ -66,7 +66,7 @@ def _parser() -> argparse.ArgumentParser:
         help="the daemon's sockets (default: $KVD_SOCKET_DIR, /run/kvd or $XDG_RUNTIME_DIR/kvd)",
     )
     common.add_argument(
-        "--timeout", type=_seconds, default=5.0, metavar="S", help="in seconds (default: 5)"
+        "--timeout", type=seconds, default=5.0, metavar="S", help="in seconds (default: 5)"
     )
     commands = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
     for name, verb in VERBS.items():
@@ -82,31 +82,31 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _seconds(text: str) -> float:
-    value = float(text)
-    if not 0 < value < 86400:
-        raise argparse.ArgumentTypeError(f"{text} is not between 0 and 86400 seconds")
-    return value
-
-
 def _ask(verb: Verb, args: argparse.Namespace) -> tuple[int, Reply | None]:
     """The exit code, and the daemon's reply if there is one; errors are told on stderr."""
     from kvd_shared.client import KvdClient
     from kvd_shared.errors import DaemonUnreachable, KvdError, UnknownPool
     from kvd_shared.socket_dir import default_socket_dir
 
-    client = None
     try:
         directory = args.socket_dir or default_socket_dir(os.environ)
-        client = KvdClient.attach(directory, name="kvdctl", role="admin", timeout_s=args.timeout)
-        with client:
-            return exit_codes.OK, client.call(verb.call(args), args.timeout)
     except ValueError as e:
         return _fail(e, exit_codes.USAGE), None
+    timed_out = False
+    try:
+        with KvdClient.attach(
+            directory, name="kvdctl", role="admin", timeout_s=args.timeout
+        ) as client:
+            try:
+                return exit_codes.OK, client.call(verb.call(args), args.timeout)
+            except DaemonUnreachable:
+                timed_out = client.alive  # it is there and has not answered
+                raise
+    except DaemonUnreachable as e:
+        timed_out |= isinstance(e.__cause__, TimeoutError)
+        return _fail(e, exit_codes.TIMEOUT if timed_out else exit_codes.UNREACHABLE), None
     except UnknownPool as e:
         return _fail(e, exit_codes.NOT_FOUND), None
-    except DaemonUnreachable as e:
-        return _fail(e, exit_codes.UNREACHABLE), None
     except KvdError as e:
         return _fail(e, exit_codes.RUNTIME_ERROR), None
 

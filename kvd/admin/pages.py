@@ -15,7 +15,7 @@ from typing import Any
 
 from kvd.admin.page_states import PAGE_STATES
 from kvd.admin.style import Style, count, percent
-from kvd.admin.verb import Reply, Verb
+from kvd.admin.verb import Reply, Verb, positive
 
 QUARANTINED = len(PAGE_STATES) - 1
 DEFAULT_ROWS = 24
@@ -25,7 +25,7 @@ def arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--pool", metavar="NAME", help="which pool, if there are several")
     parser.add_argument(
         "--rows",
-        type=int,
+        type=positive,
         default=DEFAULT_ROWS,
         metavar="N",
         help="at most so many rows: in a large pool a character stands for several pages "
@@ -48,7 +48,7 @@ def render(reply: Reply, style: Style, rows: int = DEFAULT_ROWS) -> str:
     states, total = bytes(reply["map"]), reply["num_pages"]
     margin = len(str(total - 1)) + 1
     cells_a_row = max(1, style.width - margin)
-    pages_a_cell = -(-total // (cells_a_row * max(1, rows)))
+    pages_a_cell = -(-total // (cells_a_row * rows))
     cells = bytes(
         _cell(states[first : first + pages_a_cell]) for first in range(0, total, pages_a_cell)
     )

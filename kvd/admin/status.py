@@ -64,9 +64,9 @@ def _pool(pool: Reply, style: Style) -> str:
         ),
         (
             "requests",
-            f"{pool['running_requests']:,} running, {pool['waiting_requests']:,} waiting, "
-            f"{count(pool['namespaces'], 'namespace')}",
+            f"{pool['running_requests']:,} running, {pool['waiting_requests']:,} waiting",
         ),
+        ("namespaces", f"{pool['namespaces']:,}"),
     ]
     return f"{style.paint('pool ' + pool['name'], 'bold')} ({pool['device']})\n{key_values(rows)}"
 

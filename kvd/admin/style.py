@@ -50,7 +50,8 @@ def duration(seconds: float) -> str:
     """The two largest units: `3d 4h`, `12m 5s`; `0.4s` when short."""
     if seconds < 10:
         return f"{seconds:.1f}s"
-    left, parts = int(seconds), []
+    left = int(seconds)
+    parts: list[str] = []
     for unit, size in (("d", 86400), ("h", 3600), ("m", 60), ("s", 1)):
         count, left = divmod(left, size)
         if count or parts:

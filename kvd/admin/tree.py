@@ -3,8 +3,8 @@
 Message   {"op": "tree", "args": {"pool": nil, "max_nodes": 1000}}
 Reply     {"pool": "default", "page_size": 16, "truncated": false, "namespaces": [{
            "model": "9c1e…", "weights_version": 0, "adapter": hex, "salt": hex, "nodes": [
-           {"id": 7, "parent": nil, "pages": 26, "tokens": 416, "first_tokens": [], "digest": "a1b2…",
-            "holders": 2, "last_use_s": nil (held) or seconds ago}]}]}
+           {"id": 7, "parent": nil, "pages": 26, "tokens": 416, "digest": "a1b2…",
+            "first_tokens": [], "holders": 2, "last_use_s": nil (held) or seconds ago}]}]}
           Prompts are private: a digest names a node's tokens.
 Command   kvdctl tree [--pool NAME] [--depth 3] [--sort use|pages] [--max-nodes 1000] [-o json]
 """
@@ -16,14 +16,14 @@ from collections.abc import Iterator
 from typing import Any
 
 from kvd.admin.style import Style, count, duration, printable
-from kvd.admin.verb import Reply, Verb
+from kvd.admin.verb import Reply, Verb, positive
 
 Children = dict[int | None, list[Reply]]
 
 
 def arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--pool", metavar="NAME", help="which pool, if there are several")
-    parser.add_argument("--depth", type=int, metavar="N", help="show N levels below the root")
+    parser.add_argument("--depth", type=positive, metavar="N", help="show N levels below the root")
     parser.add_argument(
         "--sort",
         choices=("use", "pages"),
@@ -31,7 +31,11 @@ def arguments(parser: ArgumentParser) -> None:
         help="siblings: held and lately used first (default), or those with most pages below",
     )
     parser.add_argument(
-        "--max-nodes", type=int, default=1000, metavar="N", help="ask for at most N (default: 1000)"
+        "--max-nodes",
+        type=positive,
+        default=1000,
+        metavar="N",
+        help="ask for at most N (default: 1000)",
     )
 
 

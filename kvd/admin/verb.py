@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from argparse import ArgumentParser, Namespace
+from argparse import ArgumentParser, ArgumentTypeError, Namespace
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +18,24 @@ def _no_arguments(parser: ArgumentParser) -> None:
 
 def _as_it_is(reply: Reply) -> Reply:
     return reply
+
+
+def positive(text: str) -> int:
+    """An argument that counts something."""
+    if not text.isdecimal() or int(text) < 1:
+        raise ArgumentTypeError(f"{text!r} must be a whole number of at least 1")
+    return int(text)
+
+
+def seconds(text: str) -> float:
+    """An argument that is a time to wait."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value <= 86400:
+        raise ArgumentTypeError(f"{text!r} must be above 0 and at most 86400 (seconds)")
+    return value
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,7 +15,7 @@ from kvd_shared.errors import KvdError
 from modelworker.http.chat import chat_completions
 from modelworker.http.completions import completions
 from modelworker.http.errors import error_response, plain_error_response
-from modelworker.http.request_id import RequestIds
+from modelworker.http.request_id import HEADER, RequestIds
 from modelworker.http.service import HttpOptions, ServedModel, Service
 from modelworker.requests import Engine
 
@@ -84,4 +84,6 @@ def _http_refusal(request: Request, error: Exception) -> Response:
 
 def _internal_error(request: Request, error: Exception) -> Response:
     # the traceback goes to the server's log; the client learns nothing of our inside
-    return plain_error_response(500, "internal error")
+    response = plain_error_response(500, "internal error")
+    response.headers[HEADER] = request.state.request_id
+    return response

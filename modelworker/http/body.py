@@ -22,8 +22,9 @@ async def read_json_object(request: Request, max_bytes: int) -> dict[str, Any]:
         if len(body) > max_bytes:
             raise BodyTooLarge(f"the body is larger than the limit of {max_bytes} bytes")
     try:
-        value = json.loads(body, parse_constant=_refuse_constant)
-        if b"\\ud" in body.lower():
+        text = body.decode()
+        value = json.loads(text, parse_constant=_refuse_constant)
+        if "\\ud" in text.lower():
             json.dumps(value, ensure_ascii=False).encode()  # half a surrogate pair is no text
     except (ValueError, RecursionError) as error:
         raise BadRequest(f"the body is not valid JSON: {error}") from error

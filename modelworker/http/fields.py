@@ -51,9 +51,7 @@ def integer(low: int, high: int) -> Rule:
 
 def number(low: float, high: float, *, above: bool = False) -> Rule:
     """From `low` to `high`, with `above` without `low` itself."""
-    supported = (
-        f"a number {'above' if above else 'from'} {low:g} {'up ' if above else ''}to {high:g}"
-    )
+    supported = f"a number {f'above {low:g}, up' if above else f'from {low:g}'} to {high:g}"
 
     def rule(name: str, value: Any) -> float:
         if type(value) not in (int, float) or not low <= value <= high or (above and value == low):

@@ -41,7 +41,7 @@ class Generation:
         return sum(self._cached)
 
     def start(self) -> None:
-        """Submits all requests or, where the engine refuses one, none. Raises what `submit` does."""
+        """Submits all requests or, where the engine refuses one, none; raises its refusal."""
         loop = asyncio.get_running_loop()
         try:
             for position, request in enumerate(self._requests):

@@ -8,12 +8,12 @@ import uuid
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-_HEADER = "x-request-id"
+HEADER = "x-request-id"
 _FIT = re.compile(r"[!-~]{1,128}")  # visible ASCII: it goes into headers and logs
 
 
 class RequestIds:
-    """Outermost middleware, so that errors carry the header too."""
+    """Sets the header, and `request.state.request_id` for whoever answers outside of this."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
@@ -22,12 +22,14 @@ class RequestIds:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        given = Headers(scope=scope).get(_HEADER, "")
+        given = Headers(scope=scope).get(HEADER, "")
         request_id = given if _FIT.fullmatch(given) else uuid.uuid4().hex
+
+        scope.setdefault("state", {})["request_id"] = request_id
 
         async def send_with_id(message: Message) -> None:
             if message["type"] == "http.response.start":
-                MutableHeaders(scope=message)[_HEADER] = request_id
+                MutableHeaders(scope=message)[HEADER] = request_id
             await send(message)
 
         await self._app(scope, receive, send_with_id)

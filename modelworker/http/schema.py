@@ -28,7 +28,10 @@ _INT32 = 2**31
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Options:
-    """The checked options of one body; `max_tokens` None takes the endpoint's default."""
+    """The checked options of one body; `max_tokens` None takes the endpoint's default.
+
+    At most MAX_N continuations of a prompt, MAX_STOPS stop strings.
+    """
 
     model: str
     max_tokens: int | None = None
@@ -77,9 +80,8 @@ def read_body(
             raise InvalidField(f"{required} is required", param=required)
     if "stream_options" in given and not given.get("stream"):
         raise InvalidField("stream_options needs stream: true", param="stream_options")
-    if given.get("max_tokens", limit := given.get("max_completion_tokens")) != (
-        limit if limit is not None else given.get("max_tokens")
-    ):
+    limits = {given[name] for name in ("max_tokens", "max_completion_tokens") if name in given}
+    if len(limits) > 1:
         raise InvalidField(
             "max_tokens and max_completion_tokens differ; give one", param="max_tokens"
         )

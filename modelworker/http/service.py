@@ -84,7 +84,7 @@ class Service:
         return await reply.respond(request, stream=options.stream)
 
     def _max_tokens(self, prompt_ids: tuple[int, ...], wanted: int | None) -> int:
-        """Raises BadRequest for an empty prompt, RequestTooLong for what the context cannot hold."""
+        """Raises BadRequest for an empty prompt, RequestTooLong for more than the context."""
         if not prompt_ids:
             raise BadRequest("the prompt has no tokens")
         context_len = self.served.context_len

@@ -104,7 +104,7 @@ def read_model_folder(path: Path) -> ModelFolder:
             "supported are models that keep K and V of every head"
         )
     dtype = config.values.get("dtype") or config.values.get("torch_dtype") or "float32"
-    if dtype not in DTYPE_BYTES:
+    if dtype not in tuple(DTYPE_BYTES):  # a tuple, for it may be anything, hashable or not
         raise BadModelFolder(
             f"{config.where}: dtype = {dtype!r}: supported are {', '.join(DTYPE_BYTES)}"
         )

@@ -73,9 +73,7 @@ def pair(loaded: tuple[Any, Model, Any]) -> Pair:
 
 def random_prompt(length: int, seed: int = 0) -> list[int]:
     chance = torch.Generator().manual_seed(1000 * seed + length)
-    ids: list[int] = torch.randint(
-        tiny_models.VOCAB, (length,), generator=chance
-    ).tolist()
+    ids: list[int] = torch.randint(tiny_models.VOCAB, (length,), generator=chance).tolist()
     return ids
 
 

@@ -10,6 +10,7 @@ from urllib.parse import urlsplit
 
 import httpx
 import pytest
+from starlette.testclient import TestClient
 
 from kvd_shared.errors import DaemonUnreachable
 from modelworker.http.app import create_app
@@ -17,6 +18,7 @@ from modelworker.http.server import CannotListen, serve
 from modelworker.http.service import ServedModel
 from modelworker.tokenizer import Tokenizer
 from tests.modelworker.http.fake_engine import TEXT, FakeEngine
+from tests.modelworker.toy_tokenizers import sentencepiece_like
 
 BODY = {"model": "org/toy", "prompt": "the cat", "max_tokens": 100}
 
@@ -103,6 +105,20 @@ def test_our_own_fault_names_no_inside(
     assert response.json()["error"]["message"] == "internal error"
 
 
+def test_what_a_bare_tokenizer_cannot_prompt() -> None:
+    tokenizer = Tokenizer(sentencepiece_like())
+    engine = FakeEngine(tokenizer)
+    app = create_app(engine, ServedModel(id="org/toy", tokenizer=tokenizer, context_len=256))
+    client = TestClient(app)
+    empty = client.post("/v1/completions", json={**BODY, "prompt": ["the", ""]})
+    chat = {"model": "org/toy", "messages": [{"role": "user", "content": "the"}]}
+    no_template = client.post("/v1/chat/completions", json=chat)
+    assert (empty.status_code, no_template.status_code) == (400, 400)
+    assert "the prompt has no tokens" in empty.json()["error"]["message"]
+    assert "no chat template" in no_template.json()["error"]["message"]
+    assert engine.requests == []
+
+
 def raw_post(url: str, body: dict[str, object]) -> socket.socket:
     content = json.dumps(body).encode()
     head = (
@@ -115,6 +131,12 @@ def raw_post(url: str, body: dict[str, object]) -> socket.socket:
     return connection
 
 
+def read_events(connection: socket.socket, count: int) -> None:
+    received = b""
+    while received.count(b"data: ") < count:
+        received += connection.recv(4096)
+
+
 @pytest.mark.parametrize("reset", [False, True], ids=["closed", "reset"])
 @pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
 def test_a_client_that_leaves_cancels_its_requests(
@@ -124,9 +146,7 @@ def test_a_client_that_leaves_cancels_its_requests(
     engine.flowing.clear()
     connection = raw_post(url, {**BODY, "prompt": ["the", "cat"], "stream": stream})
     if stream:
-        received = b""
-        while received.count(b"data: ") < 2:
-            received += connection.recv(4096)
+        read_events(connection, 2)
     else:
         deadline = time.monotonic() + 5
         while len(engine.requests) < 2 and time.monotonic() < deadline:
@@ -146,7 +166,7 @@ def test_a_stopping_server_ends_what_runs_past_its_grace(tokenizer: Tokenizer) -
     app = create_app(engine, ServedModel(id="org/toy", tokenizer=tokenizer, context_len=256))
     handle = serve(app, port=0, on_ready=urls.append, grace_s=1)
     connection = raw_post(handle.url, {**BODY, "stream": True})
-    assert b"data: " in connection.recv(4096) + connection.recv(4096)
+    read_events(connection, 1)
     handle.stop()
     assert engine.cancelled.get(timeout=5) == engine.requests[0].request_id
     assert handle.wait(5)

@@ -22,7 +22,7 @@ COMMON_REFUSALS = [
     ("temperature", -0.1, "-0.1"),
     ("temperature", "1", 'temperature is "1", but must be a number'),
     ("temperature", True, "temperature is true, but must be a number"),
-    ("top_p", 0, "top_p is 0, but must be a number above 0 and up to 1"),
+    ("top_p", 0, "top_p is 0, but must be a number above 0, up to 1"),
     ("top_p", 1.01, "1.01"),
     ("top_k", -2, "top_k is -2, but must be an integer from -1 to"),
     ("top_k", 1.0, "top_k is 1.0, but must be an integer"),

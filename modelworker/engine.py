@@ -1,0 +1,279 @@
+"""The step loop: takes requests in, keeps the batch full, hands tokens out.
+
+One thread runs `run`; `submit`, `cancel`, `health` and `stop` may be called from any other.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from dataclasses import dataclass
+
+import structlog
+
+from kvd_shared.errors import DaemonUnreachable, Draining, KvdError
+from kvd_shared.namespace import Namespace
+from modelworker.attachment import Attach, Attachment
+from modelworker.detokenize import IncrementalText
+from modelworker.requests import (
+    Delta,
+    Emit,
+    Failed,
+    Finished,
+    FinishReason,
+    GenerationRequest,
+    QueueFull,
+    RequestTooLong,
+)
+from modelworker.sampler import new_generator, sample
+from modelworker.scheduler import Chunk, Limits, Scheduler
+from modelworker.sequence import Sequence
+from modelworker.step_calls import StepCalls
+from modelworker.tokenizer import Tokenizer
+
+IDLE_WAIT_S = 0.5  # between looks at whether the daemon still lives
+STARVED_WAIT_S = 0.003  # before asking again for pages that others have
+REATTACH_WAIT_S = 0.1
+
+log = structlog.get_logger()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineOptions:
+    """`max_queued`: requests that wait to be admitted; more are refused."""
+
+    model: str  # fingerprint, for the namespace
+    context_len: int
+    limits: Limits
+    max_queued: int = 1024
+
+
+class WorkerEngine:
+    """Invariant: every accepted request gets, for each of its n continuations, exactly one
+    Finished, or one Failed for the whole, unless it is cancelled."""
+
+    def __init__(
+        self, attach: Attach, tokenizer: Tokenizer, options: EngineOptions, first: Attachment
+    ) -> None:
+        self._attach = attach
+        self._tokenizer = tokenizer
+        self._options = options
+        self._wake = threading.Event()
+        self._lock = threading.Lock()  # guards the four that other threads touch
+        self._inbox: deque[tuple[GenerationRequest, Emit]] = deque()
+        self._cancelled: set[str] = set()
+        self._stopping = False
+        self._requests: dict[str, list[Sequence]] = {}  # what is not finished, by request
+        self._attached: Attachment | None = None
+        self._scheduler: Scheduler | None = None
+        self._calls = StepCalls()
+        self._begin_session(first)
+
+    # --- any thread
+
+    def submit(self, request: GenerationRequest, emit: Emit) -> None:
+        """See modelworker.requests.Engine."""
+        with self._lock:
+            self._check(request)
+            self._inbox.append((request, emit))
+        self._wake.set()
+
+    def cancel(self, request_id: str) -> None:
+        with self._lock:
+            self._cancelled.add(request_id)
+        self._wake.set()
+
+    def health(self) -> dict[str, object]:
+        scheduler, attached = self._scheduler, self._attached
+        status = "stopping" if self._stopping else "ok" if attached else "detached"
+        return {
+            "status": status,
+            "running": len(scheduler.running) if scheduler else 0,
+            "waiting": (len(scheduler.waiting) if scheduler else 0) + len(self._inbox),
+            "session": attached.client.session if attached else None,
+        }
+
+    def stop(self) -> None:
+        """Let what was accepted finish, then return from `run`."""
+        self._stopping = True
+        self._wake.set()
+
+    def _check(self, request: GenerationRequest) -> None:
+        attached, scheduler = self._attached, self._scheduler
+        if self._stopping:
+            raise Draining("the worker is shutting down")
+        if attached is None or scheduler is None:
+            raise DaemonUnreachable("the worker has no kvd daemon: retry when it is back")
+        prompt, new = len(request.prompt_ids), request.params.max_tokens
+        context, pool = self._options.context_len, attached.pool_tokens
+        if prompt + new > min(context, pool):
+            raise RequestTooLong(
+                f"{prompt} prompt tokens and max_tokens {new} make {prompt + new}; the model's "
+                f"context is {context} tokens and the pool holds {pool}: shorten the prompt or "
+                "lower max_tokens",
+                wanted=prompt + new,
+                limit=min(context, pool),
+            )
+        if len(self._inbox) + len(scheduler.waiting) >= self._options.max_queued:
+            raise QueueFull(
+                f"{self._options.max_queued} requests wait already: retry later",
+                limit=self._options.max_queued,
+            )
+
+    # --- the engine's thread
+
+    def run(self) -> None:
+        """Serve until `stop`. Raises only what attaching again cannot mend: a pool that is no
+        longer this model's."""
+        try:
+            while not self._stopping or self._inbox or self._requests:
+                if self._attached is None and not self._reattach():
+                    self._wait(REATTACH_WAIT_S)
+                    continue
+                try:
+                    self._wait(self._step())
+                except KvdError as e:
+                    self._lose_session(e)
+        finally:
+            self._lose_session(Draining("the worker has stopped"))
+
+    def _wait(self, seconds: float) -> None:
+        if seconds:
+            self._wake.wait(seconds)
+        self._wake.clear()
+
+    def _step(self) -> float:
+        """One step. Returns how long there is nothing to do, unless something comes in."""
+        attached, scheduler, calls = self._attached, self._scheduler, self._calls
+        assert attached is not None and scheduler is not None
+        self._take_in(scheduler)
+        for notice in attached.client.notices():
+            if notice.kind == "yield" and scheduler.preempt(notice.request, calls):
+                log.info("sequence.preempted", number=notice.request)
+        scheduler.reserve(calls, time.monotonic())
+        calls.make(attached.client.call)
+        chunks = scheduler.chunks()
+        if not chunks:
+            if not attached.client.alive:
+                raise DaemonUnreachable("the daemon closed the session")
+            if len(calls):
+                return 0.0
+            return STARVED_WAIT_S if self._requests else IDLE_WAIT_S
+        self._compute(attached, scheduler, chunks)
+        return 0.0
+
+    def _take_in(self, scheduler: Scheduler) -> None:
+        """New requests get their numbers; cancelled ones give their pages back."""
+        with self._lock:
+            arrived, self._inbox = self._inbox, deque()
+            cancelled, self._cancelled = self._cancelled, set()
+        for request, emit in arrived:
+            if request.request_id in cancelled:
+                continue
+            sequences = self._sequences(request, emit)
+            self._requests[request.request_id] = list(sequences)
+            scheduler.add(sequences, self._calls)
+        if arrived:
+            assert self._attached is not None
+            self._calls.make(self._attached.client.call)
+        for request_id in cancelled:
+            for sequence in self._requests.pop(request_id, []):
+                scheduler.finish(sequence, self._calls)
+
+    def _sequences(self, request: GenerationRequest, emit: Emit) -> list[Sequence]:
+        space = Namespace(model=self._options.model, salt=request.salt)
+        sequences = [
+            Sequence(
+                request,
+                index,
+                space,
+                IncrementalText(self._tokenizer, request.params.stop),
+                new_generator(request.params.seed, index),
+                emit,
+                time.monotonic(),
+            )
+            for index in range(request.n)
+        ]
+        for follower in sequences[1:] if request.use_cache else []:
+            follower.leader = sequences[0]
+        return sequences
+
+    def _compute(self, attached: Attachment, scheduler: Scheduler, chunks: list[Chunk]) -> None:
+        """Run the chunks, sample for those that are complete, hand the tokens out."""
+        logits = attached.runner.run([chunk.for_runner() for chunk in chunks])
+        for chunk in chunks:
+            scheduler.computed(chunk, self._calls)
+        # complete now, for the chunk counts what was uncomputed before
+        sampled = [chunk.sequence for chunk in chunks if not chunk.sequence.num_uncomputed]
+        if not sampled:
+            return
+        tokens = sample(logits, [s.request.params for s in sampled], [s.generator for s in sampled])
+        for sequence, token in zip(sampled, tokens, strict=True):
+            self._append(scheduler, sequence, token)
+
+    def _append(self, scheduler: Scheduler, sequence: Sequence, token: int) -> None:
+        params = sequence.request.params
+        sequence.token_ids.append(token)
+        ended = token in self._tokenizer.eos_ids and not params.ignore_eos
+        text = "" if ended else sequence.text.push([token])
+        reason: FinishReason | None = None
+        if ended or sequence.text.stopped:
+            reason = "stop"
+        elif sequence.num_generated >= params.max_tokens:
+            reason = "length"
+        if reason is not None and not sequence.text.stopped:
+            text += sequence.text.flush()
+        sequence.emit(Delta(sequence.index, text, (token,)))
+        if reason is not None:
+            self._finished(scheduler, sequence, reason)
+
+    def _finished(self, scheduler: Scheduler, sequence: Sequence, reason: FinishReason) -> None:
+        scheduler.finish(sequence, self._calls)
+        left = self._requests[sequence.request.request_id]
+        left.remove(sequence)
+        if not left:
+            del self._requests[sequence.request.request_id]
+        sequence.emit(
+            Finished(sequence.index, reason, sequence.num_generated, sequence.cached_tokens or 0)
+        )
+
+    # --- the daemon comes and goes
+
+    def _reattach(self) -> bool:
+        try:
+            attached = self._attach()
+        except KvdError as e:
+            if not e.retryable:
+                raise
+            return False
+        self._begin_session(attached)
+        return True
+
+    def _begin_session(self, attached: Attachment) -> None:
+        self._calls = StepCalls()
+        self._scheduler = Scheduler(
+            attached.pool.layout.page_size, self._options.limits, self._refused
+        )
+        self._attached = attached
+        log.info("kvd.attached", session=attached.client.session, pool=attached.pool.name)
+
+    def _refused(self, sequence: Sequence, error: KvdError) -> None:
+        del self._requests[sequence.request.request_id]
+        sequence.emit(Failed(error))
+
+    def _lose_session(self, error: KvdError) -> None:
+        """Every request fails with the error, to be retried; the pool is unmapped."""
+        attached, self._attached = self._attached, None
+        if attached is not None:
+            log.warning("kvd.lost", code=error.code, reason=error.message)
+            self._scheduler = None
+            attached.close()
+        with self._lock:
+            arrived, self._inbox = self._inbox, deque()
+            self._cancelled.clear()
+        emits = [emit for _, emit in arrived]
+        emits += [sequences[0].emit for sequences in self._requests.values()]
+        self._requests.clear()
+        for emit in emits:
+            emit(Failed(error))

@@ -1,0 +1,90 @@
+"""One continuation of one prompt, and where it stands."""
+
+from __future__ import annotations
+
+import torch
+
+from kvd_shared.layout import pages_needed
+from kvd_shared.namespace import Namespace
+from modelworker.detokenize import IncrementalText
+from modelworker.requests import Emit, GenerationRequest
+
+
+class Sequence:
+    """Tokens, and the pages that hold their K and V.
+
+    ```
+    token_ids   [0 ............ prompt ............)[ generated )
+    refs        [ in the tree, held )[ full, ours )[ filling )[ for later )
+                0                   num_published           num_computed tokens
+    ```
+    Invariants: num_published pages are full and in the tree; num_computed <= num_tokens; while
+    waiting a sequence holds no page and nothing of it is computed.
+    """
+
+    def __init__(
+        self,
+        request: GenerationRequest,
+        index: int,
+        namespace: Namespace,
+        text: IncrementalText,
+        generator: torch.Generator,
+        emit: Emit,
+        arrived_s: float,
+    ) -> None:
+        self.request = request
+        self.index = index  # of the request's n
+        self.namespace = namespace
+        self.text = text
+        self.generator = generator
+        self.emit = emit
+        self.arrived_s = arrived_s
+        self.number: int | None = None  # kvd's, by age
+        self.leader: Sequence | None = None  # computes the prompt for the others of its request
+        self.finished = False
+        self.token_ids: list[int] = list(request.prompt_ids)
+        self.refs: list[int] = []
+        self.num_computed = 0  # tokens whose K and V are in the pages
+        self.num_published = 0  # pages
+        self.cached_tokens: int | None = None  # found at the first admission
+        self.probed_tokens = 0  # what the cache would give, when it was last asked
+        self.probed_s = float("-inf")
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.token_ids)
+
+    @property
+    def num_generated(self) -> int:
+        return len(self.token_ids) - len(self.request.prompt_ids)
+
+    @property
+    def num_uncomputed(self) -> int:
+        return len(self.token_ids) - self.num_computed
+
+    @property
+    def may_start(self) -> bool:
+        """Not while another sequence of the request is still computing the same prompt."""
+        leader = self.leader
+        return leader is None or leader.finished or leader.is_decoding
+
+    @property
+    def is_decoding(self) -> bool:
+        """Only its newest token is to be computed."""
+        return self.num_computed > 0 and self.num_uncomputed == 1
+
+    def pages_missing(self, page_size: int) -> int:
+        """Pages that its tokens need and it does not have."""
+        return max(0, pages_needed(self.num_tokens, page_size) - len(self.refs))
+
+    def num_full_pages(self, page_size: int) -> int:
+        return self.num_computed // page_size
+
+    def back_to_waiting(self) -> list[int]:
+        """Forget all pages; returns their references. The tokens stay, to be computed again."""
+        refs, self.refs = self.refs, []
+        self.num_computed = self.num_published = 0
+        return refs
+
+    def __repr__(self) -> str:
+        return f"<sequence {self.number} of {self.request.request_id}>"

@@ -1,0 +1,96 @@
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from kvd import __version__, cli
+from kvd.config_sources import FLAGS
+from kvd.lockfile import DaemonLock
+from kvd.page_pool import PoolTooLarge
+
+LAYOUT = ["--layout", "num_layers=1,num_kv_heads=1,head_dim=8"]
+
+
+@pytest.fixture(autouse=True)
+def _no_logging_setup(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("kvd_shared.logs.configure", lambda *args: None)
+    for name in ("KVD_SOCKET_DIR", "KVD_DAEMON__LOG_LEVEL"):
+        monkeypatch.delenv(name, raising=False)
+
+
+def serve(*arguments: str) -> int:
+    return cli.main(["serve", *arguments])
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["version"]) == 0
+    assert capsys.readouterr().out == f"kvd {__version__}, protocol 1\n"
+
+
+@pytest.mark.parametrize("arguments", [[], ["serve", "--bogus"], ["frobnicate"]])
+def test_wrong_usage_is_2(arguments: list[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        cli.main(arguments)
+    assert ended.value.code == 2
+
+
+def test_every_flag_is_a_known_setting() -> None:
+    assert cli.SERVE_FLAGS.keys() == FLAGS.keys()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "no pool is configured"),
+        ([*LAYOUT, "--page-size", "12"], "--page-size = '12': must be a power of two"),
+        ([*LAYOUT, "--pool-size", "1 pages"], "must be from 2 to"),
+        ([*LAYOUT, "--log-level", "loud"], "--log-level = 'loud'"),
+        (["--config", "/absent/kvd.toml"], "/absent/kvd.toml: No such file"),
+        (["--model", "/absent/model"], "/absent/model"),
+    ],
+)
+def test_a_bad_configuration_is_78_with_one_line(
+    arguments: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert serve("--socket-dir", str(tmp_path), *arguments) == 78
+    error = capsys.readouterr().err
+    assert message in error and error.startswith("kvd: ") and error.count("\n") == 1
+
+
+def test_a_second_daemon_is_5(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with DaemonLock(tmp_path):
+        assert serve("--socket-dir", str(tmp_path), *LAYOUT) == 5
+    assert "already serves" in capsys.readouterr().err
+
+
+def test_a_socket_directory_that_cannot_be_made_is_1(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("")
+    assert serve("--socket-dir", str(tmp_path / "file" / "kvd"), *LAYOUT) == 1
+    assert "Not a directory" in capsys.readouterr().err
+
+
+def test_the_configuration_reaches_the_server(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    served: list[Any] = []
+    monkeypatch.setattr("kvd.server.serve", lambda config: served.append(config) or 0)
+    monkeypatch.setenv("KVD_DAEMON__LOG_LEVEL", "error")
+    assert serve("--socket-dir", str(tmp_path), *LAYOUT, "--pool-name", "p") == 0
+    (config,) = served
+    assert config.daemon.socket_dir == tmp_path and config.daemon.log_level == "error"
+    assert config.pools[0].name == "p"
+
+
+def test_too_little_memory_is_1(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Not 78: there may be enough at the next start."""
+
+    def refuse(config: Any) -> int:
+        raise PoolTooLarge("a pool of 9 pages needs 9 TiB")
+
+    monkeypatch.setattr("kvd.server.serve", refuse)
+    assert serve("--socket-dir", str(tmp_path), *LAYOUT) == 1
+    assert "needs 9 TiB" in capsys.readouterr().err

@@ -1,0 +1,110 @@
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import pytest
+import torch
+
+from kvd_kernels import cpu
+from kvd_shared.model_folder import BadModelFolder
+from modelworker import verify
+from modelworker.dense import DenseSequence
+from modelworker.model import load_model
+from modelworker.runner import ModelRunner, SequenceChunk
+from tests.modelworker import tiny_models
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return tiny_models.save(tiny_models.make("llama-gqa"), tmp_path / "model")
+
+
+@pytest.mark.parametrize("name", ["llama-rope3-biases", "llama-mha-tied", "qwen2", "qwen3"])
+def test_the_dense_path_equals_transformers(name: str, tmp_path: Path) -> None:
+    oracle = tiny_models.make(name)
+    sequence = DenseSequence(
+        load_model(tiny_models.save(oracle, tmp_path / "model"), torch.float32)
+    )
+    prompt = [3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5]
+    with torch.no_grad():
+        truth = oracle(torch.tensor([prompt])).logits[0]
+    ours = [sequence.append(prompt[:6]), *(sequence.append([token]) for token in prompt[6:])]
+    difference = (torch.stack(ours) - truth[5:]).abs().max()
+    assert difference <= 1e-5 * (truth.max() - truth.min())
+
+
+def test_a_good_model_agrees(folder: Path) -> None:
+    out = io.StringIO()
+    assert verify.run_verify(folder, out) == 0
+    _, _, header, *rows, verdict = out.getvalue().splitlines()
+    assert header.startswith("case ")
+    names = [row[:28].strip() for row in rows]
+    assert names == [
+        *["cold, random"] * 3,
+        "1 cached page, random",
+        "2 cached pages, random",
+        "3 cached pages, random",
+        *(f"prefill in chunks of {chunk}" for chunk in (1, 7, 16, 512)),
+    ]
+    assert verdict.startswith("agree: 10 cases, largest difference ")
+    assert "DISAGREE" not in out.getvalue()
+
+
+def test_one_wrong_page_of_one_layer_is_seen(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Layer 2 reads the second page of a sequence where its third should be."""
+    attention = cpu.paged_attention
+
+    def wrong(
+        q: torch.Tensor, pages: torch.Tensor, layer: int, plans: list[cpu.SequencePlan]
+    ) -> torch.Tensor:
+        if layer == 2:
+            for plan in plans:
+                if len(plan.pages) == 3:
+                    plan.pages[2] = plan.pages[1]
+        return attention(q, pages, layer, plans)
+
+    monkeypatch.setattr(cpu, "paged_attention", wrong)
+    out = io.StringIO()
+    assert verify.run_verify(folder, out) == 8
+    assert out.getvalue().splitlines()[-1].startswith("DISAGREE: 10 cases")
+
+
+def test_a_shared_page_with_foreign_content_is_seen(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The sequence that fills the shared pages gets its first token wrong: only hits disagree."""
+    paged = ModelRunner.run
+
+    def wrong(runner: ModelRunner, chunks: list[SequenceChunk]) -> torch.Tensor:
+        first = chunks[0]
+        if not first.wants_logits:
+            token_ids = [(first.token_ids[0] + 1) % tiny_models.VOCAB, *first.token_ids[1:]]
+            chunks = [SequenceChunk(token_ids, 0, first.block_table, False)]
+        return paged(runner, chunks)
+
+    monkeypatch.setattr(ModelRunner, "run", wrong)
+    results = list(verify.verify(folder))
+    assert {r.case.cached_pages > 0 for r in results if not r.agrees} == {True}
+    assert {r.case.cached_pages > 0 for r in results if r.agrees} == {False}
+
+
+def test_reading_what_nothing_wrote_is_seen(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu, "write_kv", lambda *args: None)
+    results = list(verify.verify(folder))
+    assert not any(result.agrees for result in results)
+    assert {result.difference for result in results} == {float("inf")}
+
+
+def test_near_ties_are_counted_and_do_not_disagree() -> None:
+    case = verify.Case(name="x", prompt=(1,))
+    report = verify.VerifyReport([verify.CaseResult(case, 5e-5, near_ties=2, wrong_tokens=0)])
+    assert (report.agrees, report.near_ties) == (True, 2)
+    report.results.append(verify.CaseResult(case, 5e-5, near_ties=0, wrong_tokens=1))
+    assert not report.agrees
+
+
+def test_a_context_too_short_to_decode_in_is_refused(tmp_path: Path) -> None:
+    model = tiny_models.make("llama-gqa", max_position_embeddings=64)
+    with pytest.raises(BadModelFolder, match="a context of 64 tokens leaves no room for a prompt"):
+        verify.run_verify(tiny_models.save(model, tmp_path / "model"), io.StringIO())
