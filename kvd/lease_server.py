@@ -40,7 +40,7 @@ class LeaseServer:
         self._listener.listen(BACKLOG)
         self._listener.setblocking(False)
         self._connections: set[socket.socket] = set()
-        self._pidfds: set[int] = set()
+        self._pidfds: dict[int, int] = {}  # by attachment
         loop.add_reader(self._listener, self._accept)
 
     def close(self) -> None:
@@ -50,8 +50,8 @@ class LeaseServer:
         self._path.unlink(missing_ok=True)
         for connection in list(self._connections):
             self._hang_up(connection)
-        for pidfd in list(self._pidfds):
-            self._forget_pidfd(pidfd)
+        for attachment_id in list(self._pidfds):
+            self._forget_pidfd(attachment_id)
 
     def _accept(self) -> None:
         try:
@@ -94,8 +94,8 @@ class LeaseServer:
         except OSError as e:
             self._daemon.dead(attachment, time.monotonic())
             raise NotAllowed(f"process {pid} cannot be watched: {e.strerror}") from e
-        self._pidfds.add(pidfd)
-        self._loop.add_reader(pidfd, self._died, attachment, pidfd)
+        self._pidfds[attachment.id] = pidfd
+        self._loop.add_reader(pidfd, self._died, attachment, connection)
         self._loop.add_reader(connection, self._talked, attachment, connection)
         pool = attachment.pool
         reply = accepted(attachment.id, attachment.token, pool.offer() if pool else None)
@@ -129,19 +129,23 @@ class LeaseServer:
             log.info("session.ended", session=attachment.id, name=attachment.name, held_pages=held)
         self._daemon.end(attachment)
         self._hang_up(connection)
+        if attachment.id not in self._daemon.attachments:  # it has detached: no death is awaited
+            self._forget_pidfd(attachment.id)
 
-    def _died(self, attachment: Attachment, pidfd: int) -> None:
+    def _died(self, attachment: Attachment, connection: socket.socket) -> None:
         if attachment.id in self._daemon.attachments:
             held = attachment.session.num_held_pages if attachment.session else 0
             log.info("session.died", session=attachment.id, name=attachment.name,
                      pid=attachment.pid, held_pages=held)  # fmt: skip
         self._daemon.dead(attachment, time.monotonic())
-        self._forget_pidfd(pidfd)
+        self._hang_up(connection)  # a forked child can have it still
+        self._forget_pidfd(attachment.id)
 
-    def _forget_pidfd(self, pidfd: int) -> None:
-        self._loop.remove_reader(pidfd)
-        self._pidfds.discard(pidfd)
-        os.close(pidfd)
+    def _forget_pidfd(self, attachment_id: int) -> None:
+        pidfd = self._pidfds.pop(attachment_id, None)
+        if pidfd is not None:
+            self._loop.remove_reader(pidfd)
+            os.close(pidfd)
 
     def _hang_up(self, connection: socket.socket) -> None:
         if connection in self._connections:

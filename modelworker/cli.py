@@ -19,6 +19,7 @@ exit codes: {exit_codes.OK} ended as asked, {exit_codes.RUNTIME_ERROR} runtime e
 {exit_codes.PROBLEM_FOUND} verify found a disagreement, {exit_codes.BAD_CONFIG} bad model folder
 """
 SHIPPED_MODEL = Path(__file__).parent / "assets" / "tiny-quote"
+SHIPPED_DOCUMENT = Path(__file__).parent / "assets" / "demo.txt"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -48,6 +49,8 @@ def _parser() -> argparse.ArgumentParser:
     verify = commands.add_parser("verify", help="compare the paged path with a plain dense one")
     _add_model(verify)
     verify.set_defaults(run=_verify)
+    demo = commands.add_parser("demo", help="a daemon and two workers quote a document, asserted")
+    _add_demo(demo)
     return parser
 
 
@@ -92,6 +95,13 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
     add("--seed", type=int)
     add("--stop", action="append", default=[], metavar="TEXT", help="may be given repeatedly")
     parser.set_defaults(run=_generate)
+
+
+def _add_demo(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--doc", type=Path, default=SHIPPED_DOCUMENT, metavar="FILE", help="a text of your own"
+    )
+    parser.set_defaults(run=_demo)
 
 
 def _serve(args: argparse.Namespace) -> int:
@@ -153,6 +163,19 @@ def _verify(args: argparse.Namespace) -> int:
     return run_verify(args.model, sys.stdout)
 
 
+def _demo(args: argparse.Namespace) -> int:
+    from modelworker.demo.processes import DemoFailed
+    from modelworker.demo.story import run_demo
+
+    try:
+        run_demo(SHIPPED_MODEL, args.doc)
+    except DemoFailed as e:
+        return _fail(e, exit_codes.PROBLEM_FOUND)
+    except KeyboardInterrupt:
+        return _fail(KeyboardInterrupt("stopped; nothing is left behind"), exit_codes.INTERRUPTED)
+    return exit_codes.OK
+
+
 def _set_threads(args: argparse.Namespace) -> None:
     if args.threads is not None:
         import torch
@@ -167,6 +190,6 @@ def _positive(text: str) -> int:
     return value
 
 
-def _fail(error: Exception, code: int) -> int:
+def _fail(error: BaseException, code: int) -> int:
     print(f"modelworker: {error}", file=sys.stderr)
     return code

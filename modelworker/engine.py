@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import structlog
 
-from kvd_shared.errors import DaemonUnreachable, Draining, KvdError
+from kvd_shared.errors import BadRequest, DaemonUnreachable, Draining, KvdError
 from kvd_shared.namespace import Namespace
 from modelworker.attachment import Attach, Attachment
 from modelworker.detokenize import IncrementalText
@@ -45,6 +45,7 @@ class EngineOptions:
 
     model: str  # fingerprint, for the namespace
     context_len: int
+    vocab_size: int  # the model's; a tokenizer may know more ids than the model has rows for
     limits: Limits
     max_queued: int = 1024
 
@@ -107,6 +108,11 @@ class WorkerEngine:
             raise DaemonUnreachable("the worker has no kvd daemon: retry when it is back")
         prompt, new = len(request.prompt_ids), request.params.max_tokens
         context, pool = self._options.context_len, attached.pool_tokens
+        if max(request.prompt_ids) >= self._options.vocab_size:
+            raise BadRequest(
+                f"token id {max(request.prompt_ids)} is not below the model's vocabulary of "
+                f"{self._options.vocab_size}"
+            )
         if prompt + new > min(context, pool):
             raise RequestTooLong(
                 f"{prompt} prompt tokens and max_tokens {new} make {prompt + new}; the model's "
@@ -234,9 +240,9 @@ class WorkerEngine:
         left.remove(sequence)
         if not left:
             del self._requests[sequence.request.request_id]
-        sequence.emit(
-            Finished(sequence.index, reason, sequence.num_generated, sequence.cached_tokens or 0)
-        )
+        # What the others of a request find is what their leader has just computed for them.
+        cached = (sequence.leader or sequence).cached_tokens or 0
+        sequence.emit(Finished(sequence.index, reason, sequence.num_generated, cached))
 
     # --- the daemon comes and goes
 

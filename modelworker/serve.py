@@ -71,6 +71,7 @@ def serve(options: ServeOptions) -> None:
         EngineOptions(
             model=fingerprint,
             context_len=context_len,
+            vocab_size=model.config.vocab_size,
             limits=options.limits,
             max_queued=options.max_queued,
         ),

@@ -14,18 +14,19 @@ from typing import TextIO
 import tokenizers
 import torch
 
+from kvd_shared import exit_codes
 from kvd_shared.layout import PoolLayout, pages_needed
 from kvd_shared.model_folder import BadModelFolder
 from modelworker.dense import DenseSequence
 from modelworker.model import Model, load_model
 from modelworker.pool_view import PoolView
+from modelworker.progress import progress_line
 from modelworker.runner import ModelRunner, SequenceChunk
 
 TOLERANCE = 1e-4  # of the range of the dense path's logits
 DECODED = 64  # tokens a case
 PAGE_SIZE = 16
 CHUNKS = (1, 7, 16, 512)
-AGREES, DISAGREES = 0, 8  # exit codes
 TEXT = (
     "A page is fixed-size storage for the keys and values of consecutive tokens. The first worker "
     "that reads a prompt fills its pages; every other worker that meets the same beginning finds "
@@ -83,15 +84,16 @@ class VerifyReport:
 
 
 def run_verify(folder: Path, stream: TextIO) -> int:
-    """Compare and print a table to `stream`, a row as each case ends; 0 when all agree, else 8.
+    """Compare and print a table to `stream`, a row as each case ends; returns the exit code.
 
     Raises BadModelFolder.
     """
     print(f"{folder}: paged against dense, float32, tolerance {TOLERANCE:g} of range", file=stream)
-    print("loading the weights", file=stream, flush=True)
+    with progress_line(stream, "loading") as progress:
+        model = load_model(folder, torch.float32, progress=progress)
     print(f"{'case':<28} {'prompt':>6} {'cached':>6}  difference  near ties  wrong", file=stream)
     report = VerifyReport()
-    for result in verify(folder):
+    for result in verify(folder, model):
         report.results.append(result)
         print(_row(result), file=stream, flush=True)
     print(
@@ -100,12 +102,14 @@ def run_verify(folder: Path, stream: TextIO) -> int:
         file=stream,
         flush=True,
     )
-    return AGREES if report.agrees else DISAGREES
+    return exit_codes.OK if report.agrees else exit_codes.PROBLEM_FOUND
 
 
-def verify(folder: Path) -> Iterator[CaseResult]:
-    """Compare case by case, each yielded as it ends. Raises BadModelFolder."""
-    model = load_model(folder, torch.float32)
+def verify(folder: Path, model: Model) -> Iterator[CaseResult]:
+    """Compare case by case, each yielded as it ends; `model` is the folder's, in float32.
+
+    Raises BadModelFolder when its context is too short to decode in.
+    """
     answers: dict[tuple[int, ...], Dense] = {}
     for case in cases(folder, model):
         if case.prompt not in answers:

@@ -9,4 +9,5 @@ IN_USE = 5  # another daemon owns the sockets
 TIMEOUT = 6
 INCOMPATIBLE = 7  # the pool is of another model, layout or protocol
 PROBLEM_FOUND = 8  # verify, doctor or the demo found what should not be
+INTERRUPTED = 130  # by Ctrl-C, as shells have it
 BAD_CONFIG = 78  # EX_CONFIG of sysexits.h; the units do not restart on it

@@ -75,7 +75,12 @@ def test_the_configuration_reaches_the_server(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     served: list[Any] = []
-    monkeypatch.setattr("kvd.server.serve", lambda config: served.append(config) or 0)
+
+    def accept(config: Any) -> int:
+        served.append(config)
+        return 0
+
+    monkeypatch.setattr("kvd.server.serve", accept)
     monkeypatch.setenv("KVD_DAEMON__LOG_LEVEL", "error")
     assert serve("--socket-dir", str(tmp_path), *LAYOUT, "--pool-name", "p") == 0
     (config,) = served

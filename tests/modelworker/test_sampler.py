@@ -51,6 +51,11 @@ def test_top_p_keeps_the_fewest_tokens_whose_share_reaches_it() -> None:
         assert kept(top_p=share + 1e-4) == RANKED[: count + 1]
 
 
+def test_a_share_that_is_reached_exactly_is_enough() -> None:
+    halves, _ = candidates(torch.zeros(2), params(top_p=0.5))
+    assert len(halves) == 1
+
+
 @pytest.mark.parametrize("top_p", [0.0, 1e-30, 1e-3])
 def test_a_tiny_top_p_keeps_the_best_token(top_p: float) -> None:
     assert kept(top_p=top_p) == [1]

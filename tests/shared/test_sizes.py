@@ -21,7 +21,8 @@ def test_reads_what_people_write(text: str, amount: int, unit: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["", "64", "64MB", "-1MiB", "1.5 pages", "MiB", "1e9 B", "½GiB", "٤٢ MiB", "4096 pagers"]
+    "text",
+    ["", "64", "64MB", "-1MiB", "1.5 pages", "MiB", "1e9 B", "½GiB", "٤٢ MiB", "4096 pagers"],
 )
 def test_anything_else_is_refused_with_the_units(text: str) -> None:
     with pytest.raises(ValueError, match=r"256MiB or 4096 pages.*KiB.*pages"):

@@ -1,0 +1,49 @@
+# Both set-up commands work from a clean checkout with Python 3.11+ and make alone.
+PYTHON ?= $(firstword $(foreach p,python3 python3.13 python3.12 python3.11,$(shell \
+	$(p) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $(p))))
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+INPUTS := pyproject.toml constraints.txt
+
+.PHONY: help demo test check mutants format clean
+
+help: ## show this help
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+demo: $(VENV)/.worker ## daemon, two workers, the shipped model, real text (DOC=some.txt takes yours)
+	$(BIN)/modelworker demo $(if $(DOC),--doc "$(DOC)")
+
+test: $(VENV)/.dev ## all CPU tests
+	$(BIN)/python -m pytest -q $(ARGS)
+
+check: $(VENV)/.dev ## ruff, mypy, import-linter
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+mutants: $(VENV)/.dev ## apply one-line faults, see a test fail for each
+	$(BIN)/python -m tests.mutants.run $(ARGS)
+
+format: $(VENV)/.dev ## put the code into shape
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean: ## remove what the targets above made
+	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache .import_linter_cache
+
+$(VENV)/bin/python:
+	@test -n "$(PYTHON)" || { echo "Python 3.11 or newer is needed; name it with PYTHON=..."; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) install -q -c constraints.txt pip
+
+$(VENV)/.worker: $(INPUTS) | $(VENV)/bin/python
+	@echo "installing kvd, the worker and what they need into $(VENV) (torch is large: minutes)"
+	$(PIP) install -q -c constraints.txt -e '.[worker]'
+	@touch $@
+
+$(VENV)/.dev: $(INPUTS) | $(VENV)/bin/python
+	@echo "installing kvd and the test tools into $(VENV) (torch is large: minutes)"
+	$(PIP) install -q -c constraints.txt -e '.[worker]' --group dev
+	@touch $@ $(VENV)/.worker

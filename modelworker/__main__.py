@@ -1,0 +1,7 @@
+"""`python -m modelworker`."""
+
+import sys
+
+from modelworker.cli import main
+
+sys.exit(main())

@@ -1,0 +1,111 @@
+"""Real processes of the demo: started, waited for, and gone afterwards, whatever happens."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+START_TIMEOUT_S = 120.0  # importing torch from a cold disk takes a while
+STOP_TIMEOUT_S = 10.0
+
+
+class DemoFailed(Exception):
+    """Something that the demo asserts is not so."""
+
+
+class Process:
+    """One child process; its log is a file of JSON lines."""
+
+    def __init__(self, name: str, module: str, args: Sequence[str], log_dir: Path) -> None:
+        self.name = name
+        self._log = log_dir / f"{name}-{time.monotonic_ns()}.log"
+        command = [sys.executable, "-m", module, *args, "--log-format", "json"]
+        with self._log.open("wb") as out:
+            # Its own process group: Ctrl-C reaches the demo alone, which then stops it in order.
+            self._child = subprocess.Popen(
+                command, stdout=out, stderr=subprocess.STDOUT, process_group=0
+            )
+
+    @property
+    def pid(self) -> int:
+        return self._child.pid
+
+    def wait_for(self, event: str) -> dict[str, object]:
+        """The first log record of that event. Raises DemoFailed with the log if it ends first."""
+        deadline = time.monotonic() + START_TIMEOUT_S
+        while time.monotonic() < deadline:
+            ended = self._child.poll() is not None
+            for record in self._records():
+                if record.get("event") == event:
+                    return record
+            if ended:
+                break
+            time.sleep(0.02)
+        raise DemoFailed(f"{self.name} did not start; its log:\n{self._log.read_text()}")
+
+    def kill(self) -> None:
+        """SIGKILL, and wait for the end."""
+        self._child.send_signal(signal.SIGKILL)
+        self._child.wait()
+
+    def stop(self) -> None:
+        """SIGTERM; SIGKILL if that is not heeded."""
+        if self._child.poll() is None:
+            self._child.send_signal(signal.SIGTERM)
+            try:
+                self._child.wait(STOP_TIMEOUT_S)
+            except subprocess.TimeoutExpired:
+                self.kill()
+
+    def _records(self) -> list[dict[str, object]]:
+        records = []
+        for line in self._log.read_text().splitlines():
+            try:
+                record = json.loads(line)
+            except ValueError:
+                continue  # progress and warnings are not records
+            if isinstance(record, dict):
+                records.append(record)
+        return records
+
+
+class Cluster:
+    """The daemon and its workers in one private folder. Use as a context manager."""
+
+    def __init__(self, model: Path, pool_size: str, root: Path) -> None:
+        self.socket_dir = root / "sockets"
+        self._model, self._root = model, root
+        self._all: list[Process] = []
+        args = ["serve", "--socket-dir", str(self.socket_dir), "--model", str(model)]
+        self.daemon = self._start("kvd", "kvd", [*args, "--pool-size", pool_size])
+        self.daemon.wait_for("daemon.ready")
+
+    def start_worker(self, name: str) -> Process:
+        """Starts a worker; `url_of` waits for it."""
+        args = ["serve", "--model", str(self._model), "--socket-dir", str(self.socket_dir)]
+        threads = max(1, (os.cpu_count() or 2) // 2)
+        args += ["--name", name, "--port", "0", "--threads", str(threads)]
+        return self._start(name, "modelworker", args)
+
+    def _start(self, name: str, module: str, args: Sequence[str]) -> Process:
+        process = Process(name, module, args, self._root)
+        self._all.append(process)
+        return process
+
+    def __enter__(self) -> Cluster:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for process in reversed(self._all):  # workers first
+            process.stop()
+
+
+def url_of(worker: Process) -> str:
+    """Where a worker answers, once it does."""
+    return str(worker.wait_for("worker.ready")["url"])

@@ -1,0 +1,169 @@
+"""The demo's story, step by step, and what it asserts on the way."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from kvd_shared import verbs
+from kvd_shared.client import KvdClient
+from kvd_shared.model_folder import read_model_folder
+from modelworker.demo import report
+from modelworker.demo.client import Answer, complete
+from modelworker.demo.document import (
+    ANSWER_TOKENS,
+    QUOTE,
+    Question,
+    clean,
+    fitting,
+    questions,
+)
+from modelworker.demo.processes import Cluster, DemoFailed, url_of
+from modelworker.tokenizer import Tokenizer
+
+POOL_SIZE = "512 pages"
+PARALLEL = 4
+ROOM = 64  # tokens for a cue and its answer
+
+
+def run_demo(model: Path, document: Path) -> None:
+    """Raises DemoFailed if anything that it shows is not so."""
+    tokenizer = Tokenizer.from_folder(model)
+    context = read_model_folder(model).context_length
+    whole = clean(document.read_text(encoding="utf-8"))
+    text = fitting(whole, tokenizer, context - ROOM)
+    asked = questions(text)
+    if len(asked) < 4:
+        raise DemoFailed(
+            f"{document} has {len(asked)} sentences of enough words in the {len(text)} characters "
+            "that the model can read; the demo asks about 4"
+        )
+    with tempfile.TemporaryDirectory(prefix="kvd-demo-") as folder:
+        print("starting kvd and two workers …", flush=True)
+        with Cluster(model, POOL_SIZE, Path(folder)) as cluster:
+            Story(cluster, model.name, text, len(whole), asked).tell()
+    print("\nall of it holds; nothing is left behind")
+
+
+class Story:
+    """One run over a started cluster."""
+
+    def __init__(
+        self, cluster: Cluster, model: str, text: str, whole: int, asked: list[Question]
+    ) -> None:
+        self._cluster, self._model, self._text, self._whole = cluster, model, text, whole
+        step = (len(asked) - 1) / 3
+        self._questions = [asked[round(i * step)] for i in range(4)]  # spread over the text
+        self._verdicts = report.Verdicts()
+        self._answers: list[tuple[Question, Answer]] = []
+
+    def tell(self) -> None:
+        w0, w1 = self._cluster.start_worker("w0"), self._cluster.start_worker("w1")
+        url0, url1 = url_of(w0), url_of(w1)
+        read = len(self._text) if len(self._text) < self._whole else self._whole
+        report.heading(f"a document of {self._whole} characters, of which the model reads {read}")
+        report.columns()
+        first = self._ask("w0", url0, 0, "← reads the document, computes all of it")
+        second = self._ask("w1", url1, 1, "← uses the pages that w0 filled")
+        self._ask("w1", url1, 2, "← and its own of a moment ago")
+        parallel = self._parallel(url0)
+        w0.kill()
+        print("kill -9 w0; a new w0 starts", flush=True)
+        again = self._ask("w0", url_of(self._cluster.start_worker("w0")), 3, "← still cached")
+        self._pictures()
+
+        report.heading("what must hold")
+        check = self._verdicts.check
+        check(first.cached_tokens == 0, "the first worker found nothing cached")
+        check(second.cached_tokens > 0, "the second worker used pages that it never computed")
+        check(again.cached_tokens > 0, "the cache outlived the worker that had filled it")
+        check(parallel, f"{PARALLEL} continuations shared the prompt's pages")
+        right = sum(_quotes(q, a) for q, a in self._answers)
+        check(
+            right == len(self._answers), f"{right} of {len(self._answers)} quotes are word for word"
+        )
+        self._same_without_cache(url1)
+        self._nothing_left()
+        self._verdicts.conclude()
+
+    def _ask(self, worker: str, url: str, number: int, remark: str) -> Answer:
+        question = self._questions[number]
+        answer = complete(url, self._model, self._prompt(question), max_tokens=ANSWER_TOKENS)
+        self._answers.append((question, answer))
+        mark = "✓" if _quotes(question, answer) else "✗"
+        report.row(worker, f"“{question.cue.strip()}”", answer, remark)
+        print(f"      {mark} “…{answer.texts[0]}”", flush=True)
+        return answer
+
+    def _parallel(self, url: str) -> bool:
+        """n continuations of one prompt: all pages but the last are one copy."""
+        before = self._counts()["published_pages"]
+        answer = complete(
+            url,
+            self._model,
+            self._prompt(self._questions[0]),
+            max_tokens=8,
+            n=PARALLEL,
+            temperature=0.7,
+            seed=7,
+        )
+        new = self._counts()["published_pages"] - before
+        alone = PARALLEL * -(-answer.prompt_tokens // 16)
+        remark = f"← {PARALLEL} answers added {new} pages; without sharing {alone}"
+        report.row("w0", f"the same, n={PARALLEL}", answer, remark)
+        return len(answer.texts) == PARALLEL and new <= PARALLEL and answer.cached_tokens > 0
+
+    def _same_without_cache(self, url: str) -> None:
+        same = 0
+        for question, answer in self._answers:
+            plain = complete(
+                url,
+                self._model,
+                self._prompt(question),
+                max_tokens=ANSWER_TOKENS,
+                x_kvd={"no_cache": True},
+            )
+            same += plain.texts == answer.texts and plain.cached_tokens == 0
+        total = len(self._answers)
+        self._verdicts.check(same == total, f"{same} of {total} answers are the same uncached")
+
+    def _nothing_left(self) -> None:
+        pool, counts = self._counts(), self._counts()["counts"]
+        with self._admin() as admin:
+            audit = admin.call(verbs.audit())
+            held = [s["held_pages"] for s in admin.call(verbs.sessions())["sessions"]]
+        self._verdicts.check(not any(held), "no session holds a page any more")
+        whole = counts["free"] + counts["cached"] == pool["num_pages"]
+        self._verdicts.check(
+            whole,
+            f"no page is leaked: {counts['free']} free + {counts['cached']} cached "
+            f"= {pool['num_pages']}",
+        )
+        self._verdicts.check(audit["ok"], "the audit of all invariants is clean")
+
+    def _pictures(self) -> None:
+        for verb in ("pages", "tree"):
+            report.heading(f"$ kvdctl {verb}")
+            command = [sys.executable, "-m", "kvd.admin", verb]
+            command += ["--socket-dir", str(self._cluster.socket_dir)]
+            subprocess.run(command, check=True)
+
+    def _prompt(self, question: Question) -> str:
+        return f"{self._text}{QUOTE}{question.cue}"
+
+    def _counts(self) -> verbs.Result:
+        with self._admin() as admin:
+            pools: list[verbs.Result] = admin.call(verbs.status())["pools"]
+        return pools[0]
+
+    def _admin(self) -> KvdClient:
+        return KvdClient.attach(self._cluster.socket_dir, name="demo", role="admin")
+
+
+def _quotes(question: Question, answer: Answer) -> bool:
+    """The answer goes on as the document does, as far as both go."""
+    text = answer.texts[0]
+    length = min(len(text), len(question.answer))
+    return length >= min(8, len(question.answer)) and text[:length] == question.answer[:length]
