@@ -1,4 +1,4 @@
-"""What each configuration key accepts; `docs/configuration.md` is the same table in words."""
+"""What each configuration key accepts."""
 
 from __future__ import annotations
 

@@ -7,14 +7,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from kvd.arguments import Arguments
 from kvd.cache import CacheManager
-from kvd.operations import OPERATIONS, step
 from kvd.page_pool import MemfdPool
-from kvd.reports import REPORTS
 from kvd.session import Session
 from kvd_shared.errors import (
-    BadRequest,
     Draining,
     LayoutMismatch,
     NotAllowed,
@@ -23,7 +19,7 @@ from kvd_shared.errors import (
 )
 from kvd_shared.layout import PoolLayout
 from kvd_shared.lease import GEOMETRY, AttachRequest, PoolOffer
-from kvd_shared.wire import TOKEN_LENGTH, Frames
+from kvd_shared.wire import TOKEN_LENGTH
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,30 +173,6 @@ class Daemon:
         if found is None:
             raise SessionEnded("no live session has this token: attach again")
         return found
-
-    def perform(
-        self, attachment: Attachment, op: Any, args: Any, frames: Frames, now: float
-    ) -> dict[str, Any]:
-        """One operation of one session; arrays in the result are bytes."""
-        if not isinstance(op, str):
-            raise BadRequest(f"op {op!r} must be a string")
-        arguments = Arguments(op, args, frames)
-        if op in REPORTS:
-            if attachment.role != "admin":
-                raise NotAllowed(f"{op} needs role admin; this session is a {attachment.role}")
-            return REPORTS[op](self, arguments, now)
-        if op == "detach":
-            arguments.done()
-            self.dead(attachment, now)
-            return {}
-        pool, session = attachment.pool, attachment.session
-        if op not in OPERATIONS and op != "step":
-            raise BadRequest(f"no operation {op!r}")
-        if pool is None or session is None:
-            raise NotAllowed(f"{op} needs role worker; this session is an {attachment.role}")
-        if op == "step":
-            return {"results": step(pool.cache, session, arguments, frames, now)}
-        return OPERATIONS[op](pool.cache, session, arguments, now)
 
     @property
     def num_running(self) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from hashlib import blake2b
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -13,12 +13,10 @@ from kvd import __version__
 from kvd.arguments import Arguments
 from kvd.cache import CacheManager
 from kvd.cache_check import check_cache
+from kvd.daemon import Daemon, Pool
 from kvd_shared.errors import BadRequest, UnknownPool
 from kvd_shared.refs import refs_from_bytes
 from kvd_shared.wire import PROTOCOL_VERSION
-
-if TYPE_CHECKING:
-    from kvd.daemon import Daemon, Pool
 
 Result = dict[str, Any]
 FREE, WRITING, ACTIVE, SHARED, CACHED, DUPLICATE, QUARANTINED = range(7)

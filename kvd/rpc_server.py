@@ -17,6 +17,7 @@ import structlog
 import zmq
 
 from kvd.daemon import Attachment, Daemon
+from kvd.dispatch import perform
 from kvd_shared.errors import BadRequest, KvdError
 from kvd_shared.lease import RPC_SOCKET
 from kvd_shared.verbs import arrays_out
@@ -76,8 +77,8 @@ class RpcServer:
                 raise BadRequest(f"a request's header has exactly {sorted(_HEADER)}, seq from 1")
             attachment = self._daemon.attachment(header["session"])
             attachment.route = route
-            result = self._daemon.perform(
-                attachment, header["op"], header["args"], frames, time.monotonic()
+            result = perform(
+                self._daemon, attachment, header["op"], header["args"], frames, time.monotonic()
             )
             return _reply(seq, result)
         except KvdError as e:

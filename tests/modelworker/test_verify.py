@@ -96,12 +96,35 @@ def test_reading_what_nothing_wrote_is_seen(folder: Path, monkeypatch: pytest.Mo
     assert {result.difference for result in results} == {float("inf")}
 
 
-def test_near_ties_are_counted_and_do_not_disagree() -> None:
+def test_another_token_is_wrong_unless_the_best_two_nearly_tie(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dense = verify.Dense([1, 1, 1], torch.tensor([[0, 1, 0.99995], [0, 1, 0.5], [0, 1, 0.5]]))
+    paged = torch.tensor([[0, 0.99995, 1], [0, 1, 0.50003], [0, 0.5, 1]])
+    monkeypatch.setattr(verify, "_paged_logits", lambda *args: iter(torch.split(paged, 1)))
+    model = load_model(folder, torch.float32)
     case = verify.Case(name="x", prompt=(1,))
-    report = verify.VerifyReport([verify.CaseResult(case, 5e-5, near_ties=2, wrong_tokens=0)])
-    assert (report.agrees, report.near_ties) == (True, 2)
-    report.results.append(verify.CaseResult(case, 5e-5, near_ties=0, wrong_tokens=1))
-    assert not report.agrees
+    result = verify.compare(model, case, dense)
+    assert (result.near_ties, result.wrong_tokens, result.difference) == (1, 1, 0.5)
+
+
+@pytest.mark.parametrize(
+    ("difference", "near_ties", "wrong_tokens", "agrees"),
+    [(9e-5, 0, 0, True), (9e-5, 2, 0, True), (9e-5, 0, 1, False), (2e-4, 0, 0, False)],
+)
+def test_what_counts_as_agreement(
+    difference: float, near_ties: int, wrong_tokens: int, agrees: bool
+) -> None:
+    case = verify.Case(name="x", prompt=(1,))
+    good = verify.CaseResult(case, 0.0, near_ties=1, wrong_tokens=0)
+    result = verify.CaseResult(case, difference, near_ties, wrong_tokens)
+    report = verify.VerifyReport([good, result])
+    assert (result.agrees, report.agrees) == (agrees, agrees)
+    assert (report.largest_difference, report.near_ties) == (difference, near_ties + 1)
+
+
+def test_nothing_compared_is_no_agreement() -> None:
+    assert not verify.VerifyReport().agrees
 
 
 def test_a_context_too_short_to_decode_in_is_refused(tmp_path: Path) -> None:

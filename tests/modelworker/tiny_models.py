@@ -19,6 +19,7 @@ ODD: dict[str, Any] = {
     "num_key_value_heads": 2,
     "max_position_embeddings": CONTEXT,
     "initializer_range": 0.25,  # far from uniform: a wrong token must show
+    "rms_norm_eps": 0.5,  # a size at which forgetting it shows
     "eos_token_id": None,
 }
 LLAMA3_ROPE = {

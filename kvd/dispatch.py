@@ -1,0 +1,37 @@
+"""From an operation's name to what does it, and who may ask for it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from kvd.arguments import Arguments
+from kvd.daemon import Attachment, Daemon
+from kvd.operations import OPERATIONS, step
+from kvd.reports import REPORTS
+from kvd_shared.errors import BadRequest, NotAllowed
+from kvd_shared.wire import Frames
+
+
+def perform(
+    daemon: Daemon, attachment: Attachment, op: Any, args: Any, frames: Frames, now: float
+) -> dict[str, Any]:
+    """One operation of one session; arrays in the result are bytes."""
+    if not isinstance(op, str):
+        raise BadRequest(f"op {op!r} must be a string")
+    arguments = Arguments(op, args, frames)
+    if op in REPORTS:
+        if attachment.role != "admin":
+            raise NotAllowed(f"{op} needs role admin; this session is a {attachment.role}")
+        return REPORTS[op](daemon, arguments, now)
+    if op == "detach":
+        arguments.done()
+        daemon.dead(attachment, now)
+        return {}
+    pool, session = attachment.pool, attachment.session
+    if op not in OPERATIONS and op != "step":
+        raise BadRequest(f"no operation {op!r}")
+    if pool is None or session is None:
+        raise NotAllowed(f"{op} needs role worker; this session is an {attachment.role}")
+    if op == "step":
+        return {"results": step(pool.cache, session, arguments, frames, now)}
+    return OPERATIONS[op](pool.cache, session, arguments, now)
