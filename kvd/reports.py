@@ -67,7 +67,7 @@ def tree(daemon: Daemon, args: Arguments, now: float) -> Result:
                 "pages": node.num_pages,
                 "tokens": node.num_pages * pool.cache.page_size,
                 "first_tokens": [],  # prompts are private
-                "digest": blake2b(node.tokens, digest_size=6).hexdigest(),
+                "digest": _digest(node.tokens),
                 "holders": len(node.holders),
                 "last_use_s": None if node.protected else now - node.last_use_s,
             }
@@ -80,8 +80,8 @@ def tree(daemon: Daemon, args: Arguments, now: float) -> Result:
             {
                 "model": space.model,
                 "weights_version": space.weights_version,
-                "adapter": space.adapter.hex(),
-                "salt": space.salt.hex(),
+                "adapter": _digest(space.adapter),
+                "salt": _digest(space.salt),
                 "nodes": nodes,
             }
             for space, nodes in by_namespace.items()
@@ -120,6 +120,11 @@ def audit(daemon: Daemon, args: Arguments, now: float) -> Result:
     except AssertionError as e:
         return {"pool": pool.name, "ok": False, "finding": str(e) or "an invariant does not hold"}
     return {"pool": pool.name, "ok": True, "finding": None}
+
+
+def _digest(private: bytes) -> str:
+    """What is shown of prompts and tenants' salts; nothing for nothing."""
+    return blake2b(private, digest_size=6).hexdigest() if private else ""
 
 
 def page_states(cache: CacheManager) -> np.ndarray[tuple[int], np.dtype[np.uint8]]:

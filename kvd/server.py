@@ -6,6 +6,7 @@ import asyncio
 import gc
 import os
 import signal
+import sys
 import time
 from contextlib import suppress
 
@@ -19,6 +20,7 @@ from kvd.lease_server import LeaseServer
 from kvd.lockfile import DaemonLock
 from kvd.page_pool import MemfdPool
 from kvd.rpc_server import RpcServer
+from kvd_shared.progress import progress_line
 
 DRAIN_POLL_S = 0.05
 
@@ -39,7 +41,8 @@ def serve(config: KvdConfig) -> int:
 
 
 def build_pool(config: PoolConfig) -> Pool:
-    layout, num_pages, model = resolve_pool(config)
+    with progress_line(sys.stderr, "digest of the weights") as progress:
+        layout, num_pages, model = resolve_pool(config, progress)
     memory = MemfdPool(layout, num_pages)
     log.info("pool.created", pool=config.name, device=config.device, layout=layout.describe(),
              num_pages=num_pages, pool_bytes=memory.num_bytes, model=model)  # fmt: skip

@@ -14,13 +14,13 @@ import torch
 
 from kvd_shared.errors import KvdError
 from kvd_shared.model_folder import model_fingerprint
+from kvd_shared.progress import progress_line
 from modelworker.attachment import Attach, Attachment, attach
 from modelworker.engine import EngineOptions, WorkerEngine
 from modelworker.http.app import create_app
 from modelworker.http.server import serve as serve_http
 from modelworker.http.service import ServedModel
 from modelworker.model import load_model
-from modelworker.progress import progress_line
 from modelworker.scheduler import Limits
 from modelworker.tokenizer import Tokenizer
 

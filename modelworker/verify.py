@@ -11,17 +11,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TextIO
 
-import tokenizers
 import torch
 
 from kvd_shared import exit_codes
 from kvd_shared.layout import PoolLayout, pages_needed
 from kvd_shared.model_folder import BadModelFolder
+from kvd_shared.progress import progress_line
 from modelworker.dense import DenseSequence
 from modelworker.model import Model, load_model
 from modelworker.pool_view import PoolView
-from modelworker.progress import progress_line
 from modelworker.runner import ModelRunner, SequenceChunk
+from modelworker.tokenizer import Tokenizer
 
 TOLERANCE = 1e-4  # of the range of the dense path's logits
 DECODED = 64  # tokens a case
@@ -133,7 +133,12 @@ def cases(folder: Path, model: Model) -> list[Case]:
 
     found = [Case(name="cold, random", prompt=random(length)) for length in (1, 16, 53)]
     if (folder / "tokenizer.json").is_file():
-        text = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json")).encode(TEXT).ids
+        text = Tokenizer.from_folder(folder).encode(TEXT)
+        if max(text) >= model.config.vocab_size:
+            raise BadModelFolder(
+                f"{folder}: tokenizer.json gives token {max(text)}, but config.json has "
+                f"vocab_size = {model.config.vocab_size}"
+            )
         found.append(Case(name="cold, text", prompt=tuple(text[:longest])))
     for case in list(found):
         most = (len(case.prompt) - 1) // PAGE_SIZE  # the last token is always computed

@@ -25,7 +25,8 @@ VERBS: dict[str, Verb] = {
 EXIT_CODES = f"""\
 exit codes: {exit_codes.OK} ok, {exit_codes.RUNTIME_ERROR} runtime error, \
 {exit_codes.USAGE} usage, {exit_codes.UNREACHABLE} daemon unreachable, \
-{exit_codes.NOT_FOUND} not found, {exit_codes.TIMEOUT} timeout
+{exit_codes.NOT_FOUND} not found, {exit_codes.TIMEOUT} timeout, \
+{exit_codes.INCOMPATIBLE} another protocol version
 """
 
 
@@ -85,26 +86,30 @@ def _parser() -> argparse.ArgumentParser:
 def _ask(verb: Verb, args: argparse.Namespace) -> tuple[int, Reply | None]:
     """The exit code, and the daemon's reply if there is one; errors are told on stderr."""
     from kvd_shared.client import KvdClient
-    from kvd_shared.errors import DaemonUnreachable, KvdError, UnknownPool
+    from kvd_shared.errors import (
+        DaemonTimeout,
+        DaemonUnreachable,
+        KvdError,
+        ProtocolMismatch,
+        UnknownPool,
+    )
     from kvd_shared.socket_dir import default_socket_dir
 
     try:
         directory = args.socket_dir or default_socket_dir(os.environ)
     except ValueError as e:
         return _fail(e, exit_codes.USAGE), None
-    timed_out = False
     try:
         with KvdClient.attach(
             directory, name="kvdctl", role="admin", timeout_s=args.timeout
         ) as client:
-            try:
-                return exit_codes.OK, client.call(verb.call(args), args.timeout)
-            except DaemonUnreachable:
-                timed_out = client.alive  # it is there and has not answered
-                raise
+            return exit_codes.OK, client.call(verb.call(args), args.timeout)
+    except DaemonTimeout as e:
+        return _fail(e, exit_codes.TIMEOUT), None
     except DaemonUnreachable as e:
-        timed_out |= isinstance(e.__cause__, TimeoutError)
-        return _fail(e, exit_codes.TIMEOUT if timed_out else exit_codes.UNREACHABLE), None
+        return _fail(e, exit_codes.UNREACHABLE), None
+    except ProtocolMismatch as e:
+        return _fail(e, exit_codes.INCOMPATIBLE), None
     except UnknownPool as e:
         return _fail(e, exit_codes.NOT_FOUND), None
     except KvdError as e:

@@ -123,7 +123,9 @@ class Data:
                 nodes = list(ast.walk(ast.parse(source)))
             except (SyntaxError, ValueError):
                 continue
-            owners = (n for n in nodes if isinstance(n, ast.Module | ast.ClassDef | ast.FunctionDef))
+            owners = (
+                n for n in nodes if isinstance(n, ast.Module | ast.ClassDef | ast.FunctionDef)
+            )
             docs += [d for n in owners if (d := ast.get_docstring(n)) and len(d) > 80]
             sources.append(source[:20000])
         self.py.shuffle(docs)

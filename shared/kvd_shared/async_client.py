@@ -18,7 +18,7 @@ from kvd_shared.client import (
     map_pool,
     open_rpc_socket,
 )
-from kvd_shared.errors import DaemonUnreachable, KvdError
+from kvd_shared.errors import DaemonTimeout, DaemonUnreachable, KvdError
 from kvd_shared.lease import Attached, AttachRequest, attach
 from kvd_shared.rpc import Notice, Reply, RpcCodec, read_reply
 from kvd_shared.verbs import Call
@@ -78,7 +78,7 @@ class AsyncKvdClient:
             await self._socket.send_multipart(frames)
             reply = await asyncio.wait_for(answer, timeout_s)
         except TimeoutError as e:
-            raise DaemonUnreachable(
+            raise DaemonTimeout(
                 f"the daemon at {self._socket_dir} did not answer {call.op} within {timeout_s} s"
             ) from e
         finally:

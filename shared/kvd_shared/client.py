@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 import zmq
 
 from kvd_shared import verbs
-from kvd_shared.errors import DaemonUnreachable, KvdError
+from kvd_shared.errors import DaemonTimeout, DaemonUnreachable, KvdError
 from kvd_shared.lease import RPC_SOCKET, Attached, AttachRequest, PoolOffer, attach
 from kvd_shared.mapping import PoolMapping
 from kvd_shared.rpc import Notice, Reply, RpcCodec, read_reply
@@ -75,7 +75,7 @@ class KvdClient:
 
     def call(self, call: Call[T], timeout_s: float = DEFAULT_TIMEOUT_S) -> T:
         """Do one operation. Raises the daemon's typed error; DaemonUnreachable when the daemon is
-        gone or does not answer in time (what was asked may then have been done)."""
+        gone, DaemonTimeout when it does not answer in time (what was asked may have been done)."""
         if os.getpid() != self._pid:
             raise DaemonUnreachable("this session belongs to the parent process: attach anew")
         seq, frames = self._codec.request(call)
@@ -144,7 +144,7 @@ class KvdClient:
         if ready and not self.alive:
             raise DaemonUnreachable(f"the daemon at {self._socket_dir} went away during {op}")
         if not ready:
-            raise DaemonUnreachable(
+            raise DaemonTimeout(
                 f"the daemon at {self._socket_dir} did not answer {op} within {timeout_s} s"
             )
 

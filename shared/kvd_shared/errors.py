@@ -97,7 +97,13 @@ class DaemonUnreachable(KvdError):
     retryable = True
 
 
-_KINDS: list[type[KvdError]] = [KvdError, *KvdError.__subclasses__()]
+class DaemonTimeout(DaemonUnreachable):
+    """A daemon is there and did not answer in time. What was asked may have been done."""
+
+    code = "DAEMON_TIMEOUT"
+
+
+_KINDS: list[type[KvdError]] = [KvdError, *KvdError.__subclasses__(), DaemonTimeout]
 _BY_CODE = {kind.code: kind for kind in _KINDS}
 
 

@@ -16,7 +16,14 @@ from typing import Any
 
 import msgpack
 
-from kvd_shared.errors import BadRequest, DaemonUnreachable, KvdError, TooLarge, error_from_wire
+from kvd_shared.errors import (
+    BadRequest,
+    DaemonTimeout,
+    DaemonUnreachable,
+    KvdError,
+    TooLarge,
+    error_from_wire,
+)
 from kvd_shared.layout import PoolLayout
 from kvd_shared.wire import MAX_ATTACH_BYTES, PROTOCOL_VERSION, read_map
 
@@ -112,7 +119,9 @@ def attach(socket_dir: Path, request: AttachRequest, timeout_s: float) -> Attach
         connection.settimeout(timeout_s)
         connection.connect(os.fspath(path))
         connection.send(request.to_wire())
-        raw, fds, flags, _ = socket.recv_fds(connection, MAX_ATTACH_BYTES, MAX_FDS)
+        raw, fds, flags, _ = socket.recv_fds(
+            connection, MAX_ATTACH_BYTES, MAX_FDS, socket.MSG_CMSG_CLOEXEC
+        )
         if not raw:
             raise DaemonUnreachable(f"the daemon at {path} closed the connection unanswered")
         if flags & (socket.MSG_TRUNC | socket.MSG_CTRUNC):
@@ -123,7 +132,10 @@ def attach(socket_dir: Path, request: AttachRequest, timeout_s: float) -> Attach
         pool = reply["pool"]
         offer = PoolOffer.from_wire(pool) if pool is not None else None
         return Attached(connection, reply["session"], reply["token"], offer, list(fds))
-    except OSError as e:  # TimeoutError too
+    except TimeoutError as e:
+        connection.close()
+        raise DaemonTimeout(f"the daemon at {path} did not answer within {timeout_s} s") from e
+    except OSError as e:
         connection.close()
         raise DaemonUnreachable(f"no daemon answers at {path}: {e.strerror or e}") from e
     except KvdError:

@@ -13,7 +13,7 @@ from contextlib import contextmanager, suppress
 from multiprocessing.connection import Connection
 from multiprocessing.context import SpawnProcess
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -91,14 +91,13 @@ def drop_lease(socket_dir: Path, test: Connection, num_new: int) -> None:
 def grow(socket_dir: Path, test: Connection, num_pages: int) -> None:
     """Decodes one sequence of `num_pages` pages page by page, and gives way when asked to."""
     with KvdClient.attach(socket_dir, name="grows") as kvd:
-        request, refs, yields = kvd.call(verbs.begin()), [], 0
+        request, yields = kvd.call(verbs.begin()), 0
+        refs: list[int] = []
         test.send(request)
         test.recv()
         while len(refs) < num_pages:
-            try:
+            with suppress(NoPages):
                 refs += kvd.call(verbs.allocate(1, request)).tolist()
-            except NoPages:
-                pass
             time.sleep(0.002)
             if any(notice == Notice("yield", request) for notice in kvd.notices()):
                 kvd.call(verbs.step([verbs.free(refs), verbs.yielded(request)]))
@@ -277,7 +276,8 @@ def test_nothing_is_answered_behind_the_end_of_the_lease(daemon: RunningDaemon) 
         worker._connection.shutdown(2)
         eventually(lambda: daemon.sessions()["half"]["state"] == "quarantined")
         worker._poller.unregister(worker._connection.fileno())
-        for call in (verbs.free(held), verbs.allocate(1), verbs.begin(), verbs.detach()):
+        calls = [verbs.free(held), verbs.allocate(1), verbs.begin(), verbs.detach()]
+        for call in cast("list[Call[Any]]", calls):
             with pytest.raises(SessionEnded, match="attach again"):
                 worker.call(call)
         assert daemon.counts()["quarantined"] == 3

@@ -12,7 +12,7 @@ from modelworker import verify
 from modelworker.dense import DenseSequence
 from modelworker.model import load_model
 from modelworker.runner import ModelRunner, SequenceChunk
-from tests.modelworker import tiny_models
+from tests.modelworker import tiny_models, toy_tokenizers
 
 
 @pytest.fixture
@@ -49,6 +49,24 @@ def test_a_good_model_agrees(folder: Path) -> None:
     ]
     assert verdict.startswith("agree: 10 cases, largest difference ")
     assert "DISAGREE" not in out.getvalue()
+
+
+def test_a_folder_with_a_tokenizer_is_tried_on_text_too(tmp_path: Path) -> None:
+    model = tiny_models.make("llama-gqa", vocab_size=320)
+    folder = tiny_models.save(model, tmp_path / "model")
+    toy_tokenizers.byte_level().save(str(folder / "tokenizer.json"))
+    results = list(verify.verify(folder, load_model(folder, torch.float32)))
+    assert all(result.agrees for result in results)
+    names = {result.case.name for result in results}
+    assert {"cold, text", "1 cached page, text", "2 cached pages, text"} <= names
+
+
+def test_a_tokenizer_of_another_model_is_refused(folder: Path) -> None:
+    toy_tokenizers.byte_level().save(str(folder / "tokenizer.json"))
+    with pytest.raises(
+        BadModelFolder, match=r"gives token \d+, but config\.json has vocab_size = 131"
+    ):
+        verify.cases(folder, load_model(folder, torch.float32))
 
 
 def test_one_wrong_page_of_one_layer_is_seen(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
