@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from kvd_shared.errors import BadRequest
+from kvd_shared.errors import BadRequest, brief
 from kvd_shared.namespace import Namespace
 from kvd_shared.refs import REF_BYTES, TOKEN_BYTES
 from kvd_shared.wire import Frames, read_array
@@ -25,24 +25,24 @@ class Arguments:
 
     def done(self) -> None:
         if self._args:
-            raise BadRequest(f"{self._op}: unknown argument {sorted(map(str, self._args))[0]!r}")
+            raise BadRequest(f"{self._op}: unknown argument {brief(min(map(str, self._args)))}")
 
     def number(self, name: str) -> int:
         value = self.take(name)
         if type(value) is not int:
-            raise BadRequest(f"{self._op}: {name} = {value!r} must be a whole number")
+            raise BadRequest(f"{self._op}: {name} = {brief(value)} must be a whole number")
         return value
 
     def optional_number(self, name: str) -> int | None:
         value = self.take(name)
         if value is not None and type(value) is not int:
-            raise BadRequest(f"{self._op}: {name} = {value!r} must be a whole number or nil")
+            raise BadRequest(f"{self._op}: {name} = {brief(value)} must be a whole number or nil")
         return value
 
     def optional_string(self, name: str) -> str | None:
         value = self.take(name)
         if value is not None and not isinstance(value, str):
-            raise BadRequest(f"{self._op}: {name} = {value!r} must be a string or nil")
+            raise BadRequest(f"{self._op}: {name} = {brief(value)} must be a string or nil")
         return value
 
     def optional_ref(self, name: str) -> int | None:

@@ -222,8 +222,8 @@ class CacheManager:
         else:
             self._check_after(session, namespace, after)
             walk = self.tree.walk_after(after, tokens, count)
-        mine, canonical = refs_from_bytes(refs), refs_from_bytes(walk.refs)
-        known = walk.num_pages
+        known_refs, known = walk.refs, walk.num_pages  # read before a hold cuts the spans' nodes
+        mine, canonical = refs_from_bytes(refs), refs_from_bytes(known_refs)
         differ: list[int] = np.flatnonzero(mine[:known] != canonical).tolist()
         self._check_publishable(session, mine, known, differ)
 
@@ -239,7 +239,7 @@ class CacheManager:
         self._insert(session, namespace, end, tokens, mine, known)
         self.counters.published_pages += count - known
         self.counters.duplicate_pages += len(differ)
-        return Published(walk.refs + refs[known * REF_BYTES :], count - known, len(differ))
+        return Published(known_refs + refs[known * REF_BYTES :], count - known, len(differ))
 
     # --- how
 

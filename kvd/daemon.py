@@ -16,6 +16,7 @@ from kvd_shared.errors import (
     NotAllowed,
     SessionEnded,
     UnknownPool,
+    brief,
 )
 from kvd_shared.layout import PoolLayout
 from kvd_shared.lease import GEOMETRY, AttachRequest, PoolOffer
@@ -132,7 +133,7 @@ class Daemon:
         known = ", ".join(sorted(self.pools))
         if request.pool is not None:
             if request.pool not in self.pools:
-                raise UnknownPool(f"no pool {request.pool!r}; there are: {known}")
+                raise UnknownPool(f"no pool {brief(request.pool)}; there are: {known}")
             return self.pools[request.pool]
         fitting = list(self.pools.values())
         if len(fitting) > 1:

@@ -8,7 +8,7 @@ from kvd.arguments import Arguments
 from kvd.daemon import Attachment, Daemon
 from kvd.operations import OPERATIONS, step
 from kvd.reports import REPORTS
-from kvd_shared.errors import BadRequest, NotAllowed
+from kvd_shared.errors import BadRequest, NotAllowed, brief
 from kvd_shared.wire import Frames
 
 
@@ -17,7 +17,9 @@ def perform(
 ) -> dict[str, Any]:
     """One operation of one session; arrays in the result are bytes."""
     if not isinstance(op, str):
-        raise BadRequest(f"op {op!r} must be a string")
+        raise BadRequest(f"op {brief(op)} must be a string")
+    if op not in REPORTS and op not in OPERATIONS and op not in ("step", "detach"):
+        raise BadRequest(f"no operation {brief(op)}")
     arguments = Arguments(op, args, frames)
     if op in REPORTS:
         if attachment.role != "admin":
@@ -28,8 +30,6 @@ def perform(
         daemon.dead(attachment, now)
         return {}
     pool, session = attachment.pool, attachment.session
-    if op not in OPERATIONS and op != "step":
-        raise BadRequest(f"no operation {op!r}")
     if pool is None or session is None:
         raise NotAllowed(f"{op} needs role worker; this session is an {attachment.role}")
     if op == "step":

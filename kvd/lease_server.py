@@ -22,6 +22,7 @@ from kvd_shared.lease import LEASE_SOCKET, AttachRequest, accepted, peer_credent
 from kvd_shared.wire import MAX_ATTACH_BYTES, PROTOCOL_VERSION
 
 HANDSHAKE_TIMEOUT_S = 5.0
+ACCEPT_PAUSE_S = 0.1  # when no connection can be had, which waiting ones keep asking for
 BACKLOG = 128
 
 log = structlog.get_logger()
@@ -41,7 +42,7 @@ class LeaseServer:
         self._listener.setblocking(False)
         self._connections: set[socket.socket] = set()
         self._pidfds: dict[int, int] = {}  # by attachment
-        loop.add_reader(self._listener, self._accept)
+        self._listen()
 
     def close(self) -> None:
         """Hang up on everyone, which tells them that the daemon is gone."""
@@ -53,11 +54,17 @@ class LeaseServer:
         for attachment_id in list(self._pidfds):
             self._forget_pidfd(attachment_id)
 
+    def _listen(self) -> None:
+        if self._listener.fileno() >= 0:  # not closed during a pause
+            self._loop.add_reader(self._listener, self._accept)
+
     def _accept(self) -> None:
         try:
             connection, _ = self._listener.accept()
         except OSError as e:
             log.warning("lease.accept_failed", error=str(e))
+            self._loop.remove_reader(self._listener)
+            self._loop.call_later(ACCEPT_PAUSE_S, self._listen)
             return
         connection.setblocking(False)
         self._connections.add(connection)

@@ -8,7 +8,7 @@ from typing import Any
 from kvd.arguments import Arguments
 from kvd.cache import CacheManager, Match
 from kvd.session import Session
-from kvd_shared.errors import BadRequest, KvdError, error_to_wire
+from kvd_shared.errors import BadRequest, KvdError, brief, error_to_wire
 from kvd_shared.wire import Frames
 
 Result = dict[str, Any]  # arrays as bytes; the RPC server puts them into frames
@@ -116,7 +116,7 @@ def step(
                 raise BadRequest("step: an operation is a map with exactly op and args")
             operation = OPERATIONS.get(call["op"]) if isinstance(call["op"], str) else None
             if operation is None:
-                raise BadRequest(f"step: no operation {call['op']!r}")
+                raise BadRequest(f"step: no operation {brief(call['op'])}")
             arguments = Arguments(call["op"], call["args"], frames)
             results.append({"result": operation(cache, session, arguments, now)})
         except KvdError as e:

@@ -14,7 +14,7 @@ from kvd.arguments import Arguments
 from kvd.cache import CacheManager
 from kvd.cache_check import check_cache
 from kvd.daemon import Daemon, Pool
-from kvd_shared.errors import BadRequest, UnknownPool
+from kvd_shared.errors import BadRequest, UnknownPool, brief
 from kvd_shared.refs import refs_from_bytes
 from kvd_shared.wire import PROTOCOL_VERSION
 
@@ -182,7 +182,7 @@ def _named(daemon: Daemon, args: Arguments) -> Pool:
     if name is None and len(daemon.pools) == 1:
         return next(iter(daemon.pools.values()))
     if name not in daemon.pools:
-        raise UnknownPool(f"no pool {name!r}; there are: {', '.join(sorted(daemon.pools))}")
+        raise UnknownPool(f"no pool {brief(name)}; there are: {', '.join(sorted(daemon.pools))}")
     return daemon.pools[name]
 
 

@@ -58,6 +58,8 @@ class RpcServer:
         self._path.unlink(missing_ok=True)
 
     def _turn(self) -> None:
+        if self._socket.closed:  # between this turn and the one before
+            return
         for _ in range(MESSAGES_A_TURN):
             try:
                 route, *frames = self._socket.recv_multipart(zmq.NOBLOCK)

@@ -89,7 +89,7 @@ def run_verify(folder: Path, stream: TextIO) -> int:
     Raises BadModelFolder.
     """
     print(f"{folder}: paged against dense, float32, tolerance {TOLERANCE:g} of range", file=stream)
-    with progress_line(stream, "loading") as progress:
+    with progress_line(stream, "loading the weights") as progress:
         model = load_model(folder, torch.float32, progress=progress)
     print(f"{'case':<28} {'prompt':>6} {'cached':>6}  difference  near ties  wrong", file=stream)
     report = VerifyReport()

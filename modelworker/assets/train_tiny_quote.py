@@ -29,86 +29,28 @@ import random
 import re
 import sysconfig
 import time
-from functools import partial
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
+from transformers import LlamaConfig, LlamaForCausalLM
 
-VOCAB, HIDDEN, LAYERS, HEADS, HEAD_DIM, FFN = 512, 192, 4, 4, 64, 128
-THETA, EPS, LONGEST, END, QUOTE = 1e6, 1e-5, 2048, 0, 1
+VOCAB, LONGEST, END, QUOTE = 512, 2048, 0, 1
+SHAPE = {
+    "vocab_size": VOCAB, "hidden_size": 192, "intermediate_size": 128, "num_hidden_layers": 4,
+    "num_attention_heads": 4, "num_key_value_heads": 4, "head_dim": 64, "hidden_act": "silu",
+    "max_position_embeddings": LONGEST, "rope_theta": 1e6, "rms_norm_eps": 1e-5,
+    "attention_bias": False, "mlp_bias": False, "tie_word_embeddings": True,
+}  # fmt: skip
 TEMPLATE = (
     "{% for m in messages %}{% if m.role != 'assistant' and not loop.first %}<|quote|>{% endif %}"
     "{{ m.content }}{% endfor %}"
 )
 Array = npt.NDArray[Any]
-linear = partial(nn.Linear, bias=False)
-
-
-class Attention(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.q_proj, self.k_proj, self.v_proj = (linear(HIDDEN, HEADS * HEAD_DIM) for _ in "qkv")
-        self.o_proj = linear(HEADS * HEAD_DIM, HIDDEN)
-
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        def heads(projection: nn.Module) -> Tensor:
-            return projection(x).unflatten(-1, (HEADS, HEAD_DIM)).transpose(1, 2)
-
-        def rotated(u: Tensor) -> Tensor:
-            first, second = u.chunk(2, -1)
-            return u * cos + torch.cat((-second, first), -1) * sin
-
-        q, k, v = rotated(heads(self.q_proj)), rotated(heads(self.k_proj)), heads(self.v_proj)
-        mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        return self.o_proj(mixed.transpose(1, 2).flatten(2))
-
-
-class Mlp(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.gate_proj, self.up_proj = linear(HIDDEN, FFN), linear(HIDDEN, FFN)
-        self.down_proj = linear(FFN, HIDDEN)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
-
-
-class Layer(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.self_attn, self.mlp = Attention(), Mlp()
-        self.input_layernorm = nn.RMSNorm(HIDDEN, eps=EPS)
-        self.post_attention_layernorm = nn.RMSNorm(HIDDEN, eps=EPS)
-
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), cos, sin)
-        return x + self.mlp(self.post_attention_layernorm(x))
-
-
-class Llama(nn.Module):
-    """The names of LlamaForCausalLM without what training does not need: faster on a CPU."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.embed_tokens = nn.Embedding(VOCAB, HIDDEN)
-        nn.init.normal_(self.embed_tokens.weight, std=0.1)
-        self.layers = nn.ModuleList(Layer() for _ in range(LAYERS))
-        self.norm = nn.RMSNorm(HIDDEN, eps=EPS)
-        rate = THETA ** (-torch.arange(0, HEAD_DIM, 2) / HEAD_DIM)
-        angle = torch.outer(torch.arange(LONGEST), rate).repeat(1, 2)
-        self.cos, self.sin = angle.cos(), angle.sin()
-
-    def forward(self, ids: Tensor, where: Tensor) -> Tensor:
-        x, t = self.embed_tokens(ids), ids.shape[1]
-        for layer in self.layers:
-            x = layer(x, self.cos[:t], self.sin[:t])
-        return F.linear(self.norm(x[where]), self.embed_tokens.weight)
 
 
 class Data:
@@ -142,23 +84,20 @@ class Data:
         made = [self.sentences(words) for _ in range(800)]
         encoded = (self.tok.encode_batch(texts) for texts in (docs, sources[:250], made))
         self.streams = [np.array([t for e in batch for t in e.ids]) for batch in encoded]
-        self.spaced = np.array([self.tok.id_to_token(i)[0] == "Ġ" for i in range(VOCAB)])
+        self.spaced = np.array(["Ġ" in (self.tok.id_to_token(i) or "") for i in range(VOCAB)])
 
     def sentences(self, words: list[str]) -> str:
         """Sentences of random words, names, numbers and letters, from a bank of words."""
-        py, out = self.py, ""
+        py, out, letters = self.py, "", "abcdefghijklmnopqrstuvwxyz"
         bank = py.sample(words, py.choice((30, 200, len(words))))
         for _ in range(py.randint(10, 60)):
-            line = []
-            for _ in range(py.randint(4, 22)):
-                kind, word = py.random(), py.choice(bank)
-                if kind < 0.08:
-                    word = word.capitalize()
-                elif kind < 0.14:
-                    word = str(py.randrange(10 ** py.randint(1, 5)))
-                elif kind < 0.2:
-                    word = "".join(py.choices("abcdefghijklmnopqrstuvwxyz", k=py.randint(2, 9)))
-                line.append(word + (py.choice(",;:)") if py.random() < 0.1 else ""))
+            line = py.choices(bank, k=py.randint(4, 22))
+            for i, word in enumerate(line):
+                number, noise = str(py.randrange(10 ** py.randint(1, 5))), py.randint(2, 9)
+                other = (word.capitalize(), number, "".join(py.choices(letters, k=noise)), word)
+                line[i] = (
+                    py.choices(other, (8, 6, 6, 80))[0] + py.choices((",", ";", ""), (6, 4, 90))[0]
+                )
             end = py.choice(".....?!") + py.choice((" ", " ", " ", "\n", "\n\n"))
             out += " ".join(line).capitalize() + end
         return out
@@ -254,66 +193,78 @@ def ambiguous(doc: Array, k: int) -> Array:
     return out
 
 
-def export(model: Llama, tok: Tokenizer, out: pathlib.Path) -> None:
-    out.mkdir(parents=True, exist_ok=True)
-    state = {f"model.{k}": v.detach().contiguous() for k, v in model.state_dict().items()}
-    save_file(state, out / "model.safetensors", metadata={"format": "pt"})
+def export(model: LlamaForCausalLM, tok: Tokenizer, out: pathlib.Path) -> None:
+    """model.safetensors by transformers; the small files by hand, in the form every engine reads."""
+    model.save_pretrained(out)
     tok.save(str(out / "tokenizer.json"))
-    sizes = {
-        "vocab_size": VOCAB, "hidden_size": HIDDEN, "intermediate_size": FFN, "head_dim": HEAD_DIM,
-        "num_hidden_layers": LAYERS, "num_attention_heads": HEADS, "num_key_value_heads": HEADS,
-        "max_position_embeddings": LONGEST, "rope_theta": THETA, "rms_norm_eps": EPS,
-    }  # fmt: skip
     ends = {"eos_token_id": END, "pad_token_id": END}
-    config = {
-        "architectures": ["LlamaForCausalLM"], "model_type": "llama", **sizes, "hidden_act": "silu",
-        "attention_bias": False, "mlp_bias": False, "tie_word_embeddings": True,
-        "torch_dtype": "float32", "bos_token_id": None, **ends,
-    }  # fmt: skip
+    kind = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "torch_dtype": "float32"}
     tokenizer = {
         "tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|end|>",
         "pad_token": "<|end|>", "additional_special_tokens": ["<|quote|>"],
         "clean_up_tokenization_spaces": False, "model_max_length": LONGEST,
         "chat_template": TEMPLATE,
     }  # fmt: skip
-    generation = {"do_sample": False, "max_new_tokens": 32, **ends}
-    for name in ("config", "tokenizer_config", "generation_config"):
-        value = {"config": config, "tokenizer_config": tokenizer}.get(name, generation)
+    for name, value in (
+        ("config", {**kind, **SHAPE, "bos_token_id": None, **ends}),
+        ("tokenizer_config", tokenizer),
+        ("generation_config", {"do_sample": False, "max_new_tokens": 32, **ends}),
+    ):
         (out / f"{name}.json").write_text(json.dumps(value, indent=2) + "\n")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--minutes", type=float, default=60)
-    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--rate", type=float, default=4e-3)
+    parser.add_argument(
+        "--resume", type=pathlib.Path, help="a folder to go on from, at full length"
+    )
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("tiny-quote"))
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     torch.manual_seed(args.seed)
-    data, model = Data(args.seed), Llama()
-    plain = [p for n, p in model.named_parameters() if p.ndim != 2 or "embed" in n]
-    matrices = [p for n, p in model.named_parameters() if p.ndim == 2 and "embed" not in n]
-    optimizers = [
-        torch.optim.AdamW(plain, lr=0, betas=(0.9, 0.98), weight_decay=0),
-        torch.optim.Muon(matrices, lr=0, weight_decay=0, adjust_lr_fn="match_rms_adamw"),
-    ]
+    data = Data(args.seed)
+    if args.resume:
+        model, distinct, length, loss = (
+            LlamaForCausalLM.from_pretrained(args.resume),
+            0,
+            LONGEST,
+            0.2,
+        )
+    else:
+        model, distinct, length, loss = LlamaForCausalLM(LlamaConfig(**SHAPE)), 130, 128, 9.0
+        for name, weight in model.named_parameters():
+            if weight.ndim == 2:
+                torch.nn.init.normal_(
+                    weight, std=0.1 if "embed" in name else weight.shape[1] ** -0.5
+                )
+    named = list(model.named_parameters())
+    matrices = [p for name, p in named if p.ndim == 2 and "embed" not in name]
+    others = [p for name, p in named if p.ndim != 2 or "embed" in name]
+    optimizers = (
+        torch.optim.AdamW(others, betas=(0.9, 0.98), weight_decay=0),
+        torch.optim.Muon(matrices, weight_decay=0, adjust_lr_fn="match_rms_adamw"),
+    )
     begin = saved = time.time()
-    step, seen, distinct, length, loss = 0, 0, 130, 128, 9.0
+    step = seen = 0
     while (part := (time.time() - begin) / (60 * args.minutes)) < 1:
         if distinct:  # warm-up
             x, w = data.repeats(96, 64, distinct)
         else:
-            n = length if data.rng.random() < 0.5 else int(data.rng.integers(96, length + 1))
-            x, w = data.batch(max(1, 8192 // n), n)
+            n = int(128 * (length / 128) ** data.rng.random())
+            x, w = data.batch(max(1, 6144 // n), n)
         w, target, scored = w[:, 1:], x[:, 1:], w[:, 1:] > 0
-        nll = F.cross_entropy(model(x[:, :-1], scored), target[scored], reduction="none")
+        hidden = model.model(input_ids=x[:, :-1], use_cache=False).last_hidden_state[scored]
+        nll = F.cross_entropy(model.lm_head(hidden), target[scored], reduction="none")
         model.zero_grad()
-        ((nll * w[scored]).sum() / w.sum()).backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        torch.autograd.backward((nll * w[scored]).sum() / w.sum())
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for optimizer in optimizers:
             for group in optimizer.param_groups:
-                group["lr"] = 4e-3 * min(1, (step + 1) / 100, 2 * (1 - part))
+                group["lr"] = args.rate * min(1, (step + 1) / 100, 1.25 * (1 - part))
             optimizer.step()
         step, seen, loss = step + 1, seen + x.numel(), 0.95 * loss + 0.05 * nll.mean().item()
         if distinct and loss < 0.6:  # few distinct tokens, then all of them, then documents

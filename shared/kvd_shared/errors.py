@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from reprlib import Repr
 from typing import Any, ClassVar
+
+_REPR = Repr()
+_REPR.maxstring = _REPR.maxother = 80
 
 
 class KvdError(Exception):
@@ -105,6 +109,11 @@ class DaemonTimeout(DaemonUnreachable):
 
 _KINDS: list[type[KvdError]] = [KvdError, *KvdError.__subclasses__(), DaemonTimeout]
 _BY_CODE = {kind.code: kind for kind in _KINDS}
+
+
+def brief(value: Any) -> str:
+    """A refused value as a message shows it: its repr, cut, since the peer chose how long it is."""
+    return _REPR.repr(value)
 
 
 def error_to_wire(error: KvdError) -> dict[str, Any]:

@@ -22,6 +22,7 @@ from kvd_shared.errors import (
     DaemonUnreachable,
     KvdError,
     TooLarge,
+    brief,
     error_from_wire,
 )
 from kvd_shared.layout import PoolLayout
@@ -30,6 +31,8 @@ from kvd_shared.wire import MAX_ATTACH_BYTES, PROTOCOL_VERSION, read_map
 LEASE_SOCKET = "lease.sock"
 RPC_SOCKET = "rpc.sock"
 MAX_FDS = 64
+MAX_NAME_CHARACTERS = 64
+MAX_TEXT_CHARACTERS = 256
 ROLES = ("worker", "admin")
 GEOMETRY = ("num_layers", "num_kv_heads", "head_dim")
 
@@ -62,22 +65,30 @@ class AttachRequest:
 
     def _check(self) -> None:
         if self.role not in ROLES:
-            raise BadRequest(f"role {self.role!r}: must be one of {', '.join(ROLES)}")
-        if not isinstance(self.name, str) or not 0 < len(self.name) <= 64:
-            raise BadRequest(f"name {self.name!r}: must be a string of 1 to 64 characters")
-        if not isinstance(self.pid, int) or self.pid < 1:
-            raise BadRequest(f"pid {self.pid!r}: must be a positive number")
+            raise BadRequest(f"role {brief(self.role)}: must be one of {', '.join(ROLES)}")
+        _check_text("name", self.name, MAX_NAME_CHARACTERS)
+        if type(self.pid) is not int or self.pid < 1:
+            raise BadRequest(f"pid {brief(self.pid)}: must be a positive number")
         for field in ("pool", "model"):
-            value = getattr(self, field)
-            if value is not None and not isinstance(value, str):
-                raise BadRequest(f"{field} {value!r}: must be a string or nil")
+            if (value := getattr(self, field)) is not None:
+                _check_text(field, value, MAX_TEXT_CHARACTERS)
         geometry = self.geometry
         if geometry is not None and (
             not isinstance(geometry, dict)
             or set(geometry) != set(GEOMETRY)
             or not all(type(v) is int for v in geometry.values())
         ):
-            raise BadRequest(f"geometry {geometry!r}: must be nil or a map of numbers {GEOMETRY}")
+            raise BadRequest(
+                f"geometry {brief(geometry)}: must be nil or a map of numbers {GEOMETRY}"
+            )
+
+
+def _check_text(field: str, value: Any, longest: int) -> None:
+    """Refuses what is not fit for logs and terminals."""
+    if not isinstance(value, str) or not 0 < len(value) <= longest or not value.isprintable():
+        raise BadRequest(
+            f"{field} {brief(value)}: must be a string of 1 to {longest} printable characters"
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -12,7 +12,14 @@ from typing import Any
 
 import msgpack
 
-from kvd_shared.errors import BadRequest, KvdError, ProtocolMismatch, TooLarge, error_to_wire
+from kvd_shared.errors import (
+    BadRequest,
+    KvdError,
+    ProtocolMismatch,
+    TooLarge,
+    brief,
+    error_to_wire,
+)
 
 PROTOCOL_VERSION = 1
 MAX_FRAME_BYTES = 32 << 20  # 8M token ids
@@ -82,11 +89,11 @@ def read_map(raw: bytes) -> dict[str, Any]:
     if not isinstance(header, dict):
         raise BadRequest(f"not a msgpack map but {type(header).__name__}")
     version = header.get("v")
-    if version != PROTOCOL_VERSION or isinstance(version, bool):
+    if type(version) is not int or version != PROTOCOL_VERSION:
         raise ProtocolMismatch(
-            f"protocol version {version!r}; this side speaks {PROTOCOL_VERSION}: "
+            f"protocol version {brief(version)}; this side speaks {PROTOCOL_VERSION}: "
             "use a kvd and a client of the same release",
-            theirs=version if isinstance(version, int | str) else None,
+            theirs=version if type(version) is int else None,
             ours=PROTOCOL_VERSION,
         )
     return header

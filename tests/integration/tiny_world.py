@@ -55,6 +55,7 @@ class Expected:
     """A greedy answer, and by how much each of its tokens was better than the second best, as a
     share of the logits' range."""
 
+    tokens: tuple[int, ...]
     text: str
     margins: list[float]
 
@@ -76,7 +77,7 @@ class Oracle:
             margins.append((best - second) / float(logits.max() - logits.min()))
             new = [int(logits.argmax())]
             tokens += new
-        return Expected(text_of(tokens), margins)
+        return Expected(tuple(tokens), text_of(tokens), margins)
 
     def check(self, prompt: tuple[int, ...], num_tokens: int, answer: str) -> None:
         """Asserts that the answer is the greedy one; a near-tie may part them, and is counted."""
