@@ -115,7 +115,7 @@ class Daemon:
         pool = self._named(request)
         if None not in (request.model, pool.model) and request.model != pool.model:
             raise LayoutMismatch(
-                f"the worker's model {request.model} is not pool {pool.name!r}'s {pool.model} "
+                f"the worker's model {request.model} is not that of pool {pool.name!r}, {pool.model} "
                 "(config and weights content): point both at the same folder",
                 worker=request.model,
                 pool=pool.model,
@@ -123,7 +123,7 @@ class Daemon:
         ours = {name: getattr(pool.layout, name) for name in GEOMETRY}
         if request.geometry is not None and request.geometry != ours:
             raise LayoutMismatch(
-                f"the worker's KV geometry {request.geometry} is not pool {pool.name!r}'s {ours}",
+                f"the worker's KV geometry {request.geometry} is not that of pool {pool.name!r}, {ours}",
                 worker=request.geometry,
                 pool=ours,
             )

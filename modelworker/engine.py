@@ -106,6 +106,7 @@ class WorkerEngine:
             raise Draining("the worker is shutting down")
         if attached is None or scheduler is None:
             raise DaemonUnreachable("the worker has no kvd daemon: retry when it is back")
+        self._namespace(request)
         prompt, new = len(request.prompt_ids), request.params.max_tokens
         context, pool = self._options.context_len, attached.pool_tokens
         if max(request.prompt_ids) >= self._options.vocab_size:
@@ -188,7 +189,7 @@ class WorkerEngine:
                 scheduler.finish(sequence, self._calls)
 
     def _sequences(self, request: GenerationRequest, emit: Emit) -> list[Sequence]:
-        space = Namespace(model=self._options.model, salt=request.salt)
+        space = self._namespace(request)
         sequences = [
             Sequence(
                 request,
@@ -204,6 +205,9 @@ class WorkerEngine:
         for follower in sequences[1:] if request.use_cache else []:
             follower.leader = sequences[0]
         return sequences
+
+    def _namespace(self, request: GenerationRequest) -> Namespace:
+        return Namespace(model=self._options.model, salt=request.salt)
 
     def _compute(self, attached: Attachment, scheduler: Scheduler, chunks: list[Chunk]) -> None:
         """Run the chunks, sample for those that are complete, hand the tokens out."""

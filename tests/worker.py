@@ -39,9 +39,14 @@ raise_workers()
 
 
 class RunningWorker:
-    """One `modelworker serve`. `process` is None where it is not this process's child."""
+    """One `modelworker serve`. `process` is None where it is not this process's child; `killed`
+    tells that the test has killed it."""
 
-    def __init__(self, pid: int, log_file: Path, process: subprocess.Popen[bytes] | None) -> None:
+    def __init__(
+        self, name: str, pid: int, log_file: Path, process: subprocess.Popen[bytes] | None = None
+    ) -> None:
+        self.name = name
+        self.killed = False
         self.pid = pid
         self.log_file = log_file
         self.process = process
@@ -66,6 +71,7 @@ class RunningWorker:
 
     def kill(self) -> None:
         """SIGKILL. Nothing if it has ended already."""
+        self.killed = True
         with suppress(ProcessLookupError):
             signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
         assert self.ended(STOP_TIMEOUT_S)
@@ -82,8 +88,12 @@ class RunningWorker:
         return self.process.wait() if self.process is not None else None
 
     def close(self) -> None:
+        """Idempotent; nothing else may be called after it."""
+        if self._pidfd < 0:
+            return
         self.kill()
         os.close(self._pidfd)
+        self._pidfd = -1
         if self.process is not None:
             self.process.wait()
 
@@ -136,7 +146,7 @@ def start_worker(
             stdin=subprocess.DEVNULL,
             env=child_environment(),
         )
-    return RunningWorker(process.pid, log_file, process)
+    return RunningWorker(name, process.pid, log_file, process)
 
 
 class WorkerNursery:
@@ -158,7 +168,7 @@ class WorkerNursery:
         self._process.stdin.flush()
         answer = self._process.stdout.readline()
         assert answer, "the nursery has ended"
-        self._workers.append(RunningWorker(int(answer), log_file, None))
+        self._workers.append(RunningWorker(name, int(answer), log_file))
         return self._workers[-1]
 
     def close(self) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -89,8 +88,7 @@ class Cluster:
     def start_worker(self, name: str) -> Process:
         """Starts a worker; `url_of` waits for it."""
         args = ["serve", "--model", str(self._model), "--socket-dir", str(self.socket_dir)]
-        threads = max(1, (os.cpu_count() or 2) // 2)
-        args += ["--name", name, "--port", "0", "--threads", str(threads)]
+        args += ["--name", name, "--port", "0", "--threads", "1"]  # too small to gain from more
         return self._start(name, "modelworker", args)
 
     def _start(self, name: str, module: str, args: Sequence[str]) -> Process:

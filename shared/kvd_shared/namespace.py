@@ -25,6 +25,18 @@ class Namespace:
     adapter: bytes = b""
     salt: bytes = b""
 
+    def __post_init__(self) -> None:
+        """Raises BadRequest where a field is over its limit."""
+        if self.weights_version < 0:
+            raise BadRequest(f"weights version {self.weights_version}: must be at least 0")
+        sizes = {"model": self.model.encode(), "adapter": self.adapter, "salt": self.salt}
+        for name, raw in sizes.items():
+            if len(raw) > MAX_FIELD_BYTES:
+                raise BadRequest(
+                    f"a namespace's {name} of {len(raw)} bytes: the limit is {MAX_FIELD_BYTES} "
+                    "bytes; use a digest of it"
+                )
+
     def to_wire(self) -> bytes:
         """Typed and length-framed (msgpack array), so no two identities share an encoding."""
         return msgpack.packb([self.model, self.weights_version, self.adapter, self.salt])
@@ -40,9 +52,5 @@ class Namespace:
             raise BadRequest(
                 f"namespace fields have types {[k.__name__ for k in kinds]}; "
                 "wanted [str, int, bytes, bytes]"
-            )
-        if version < 0 or max(len(model.encode()), len(adapter), len(salt)) > MAX_FIELD_BYTES:
-            raise BadRequest(
-                f"namespace: weights version must be >= 0, fields at most {MAX_FIELD_BYTES} bytes"
             )
         return cls(model=model, weights_version=version, adapter=adapter, salt=salt)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import resource
 import shutil
 import socket
 import subprocess
@@ -161,7 +162,7 @@ BAD_PACKETS = {
     "geometry cut": (packet(geometry={"head_dim": 8}), "BAD_REQUEST", "geometry"),
     "geometry of floats": (packet(geometry={k: 1.0 for k in GEOMETRY}), "BAD_REQUEST", "geometry"),
     "another geometry": (packet(geometry=GEOMETRY | {"head_dim": 64}), "LAYOUT_MISMATCH",
-                         "'head_dim': 64} is not pool 'default's {"),
+                         "'head_dim': 64} is not that of pool 'default', {"),
     "a negative geometry": (packet(geometry=GEOMETRY | {"head_dim": -8}), "LAYOUT_MISMATCH", "-8"),
     "oversized": (packet(name="x" * (MAX_ATTACH_BYTES + 1)), "TOO_LARGE", "at most 65536 bytes"),
 }  # fmt: skip
@@ -190,7 +191,7 @@ def test_the_model_mismatch_names_both() -> None:
     pool = small_pool(model="their-fingerprint")
     daemon = Daemon([pool], Path("/none"), 0.0)
     request = AttachRequest(role="worker", name="bad", pid=7, model="my-fingerprint")
-    with pytest.raises(LayoutMismatch, match="my-fingerprint is not pool 'p's their-finger") as e:
+    with pytest.raises(LayoutMismatch, match="my-fingerprint is not that of pool 'p', thei") as e:
         daemon.attach(request, 7, 0, 0.0)
     assert e.value.details == {"worker": "my-fingerprint", "pool": "their-fingerprint"}
     assert daemon.attachments == {}
@@ -563,6 +564,24 @@ def test_who_sends_too_much_anyway_is_cut_off_alone(scene: Scene) -> None:
         assert dealer.poll(REPLY_TIMEOUT_MS)
 
 
+def test_too_few_descriptors_are_a_passing_trouble(scene: Scene) -> None:
+    """The daemon can accept nobody for a while, does not spin meanwhile, and then goes on."""
+    pid = scene.daemon.process.pid
+    limits = resource.prlimit(pid, resource.RLIMIT_NOFILE)
+    used = max(int(fd.name) for fd in Path(f"/proc/{pid}/fd").iterdir())
+    try:
+        resource.prlimit(pid, resource.RLIMIT_NOFILE, (used + 1, limits[1]))
+        with open_lease(scene) as waiting:
+            time.sleep(0.5)
+            assert 1 <= len(scene.daemon.logs("lease.accept_failed")) < 10
+            assert scene.worker.call(verbs.probe(NAMESPACE, range(33))) == 32
+            resource.prlimit(pid, resource.RLIMIT_NOFILE, limits)
+            waiting.send(packet(v=2))
+            assert b"PROTOCOL_MISMATCH" in waiting.recv(1000)
+    finally:
+        resource.prlimit(pid, resource.RLIMIT_NOFILE, limits)
+
+
 def test_strangers_on_the_rpc_socket_are_nothing_to_the_daemon(scene: Scene) -> None:
     """Bytes that are no ZeroMQ at all, and a peer that does not read what it is told."""
     with scene.nothing_changes():
@@ -604,7 +623,13 @@ def good_calls(random: Random, held: list[int], request: int) -> list[verbs.Call
         verbs.end(request),
         verbs.yielded(request),
     ]
-    return [*calls, verbs.step(random.sample(calls, 3)), verbs.status(), verbs.tree(), verbs.audit()]
+    return [
+        *calls,
+        verbs.step(random.sample(calls, 3)),
+        verbs.status(),
+        verbs.tree(),
+        verbs.audit(),
+    ]
 
 
 def mutated(random: Random, frames: list[bytes]) -> list[bytes]:
@@ -735,11 +760,10 @@ def test_mutated_attach_packets(scene: Scene) -> None:
             with open_lease(scene) as connection:
                 connection.send(raw)
                 reply = connection.recv(MAX_ATTACH_BYTES)
-            answer = msgpack.unpackb(reply) if reply else {}
-            if "token" not in answer:
-                kinds.add(answer["error"]["code"] if reply else "hung up")
-            else:  # a mutant of the name, for example: it is us, and we detach
-                ask(scene, "detach", {}, session=answer["token"])
-        eventually(lambda: "bad" not in scene.daemon.sessions())
+                answer = msgpack.unpackb(reply) if reply else {}
+                if "token" in answer:  # a mutant of the name, for example: it detaches
+                    ask(scene, "detach", {}, session=answer["token"])
+                else:
+                    kinds.add(answer["error"]["code"] if reply else "hung up")
     assert kinds > {"BAD_REQUEST", "PROTOCOL_MISMATCH"}
     assert KvdError.code not in kinds

@@ -36,6 +36,10 @@ class ReferenceModel:
         if session in self.ended:
             raise SessionEnded("")
 
+    def counted(self, count: int) -> None:
+        if not 1 <= count <= self.num_pages:
+            raise BadRequest("")
+
     def end_session(self, session: int) -> None:
         self.ended.add(session)
         self.queue.end_session(session)
@@ -117,8 +121,7 @@ class ReferenceModel:
     def admit(self, session: int, count: int, number: int | None, wanted: int) -> None:
         """Of the pages that can be had, `wanted` will be had no longer."""
         self.live(session)
-        if not 1 <= count <= self.num_pages:
-            raise BadRequest("")
+        self.counted(count)
         request = None if number is None else self.queue.get(session, number)
         reserved = self.queue.reserved_from(request)
         allowed = max(0, len(self.free) + len(self.lru) - reserved)

@@ -1,0 +1,224 @@
+"""The cache core does what its reference model does, whatever it is asked."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+
+from kvd_shared.refs import GENERATION, TOKEN_BYTES
+from tests.kvd.paired_cache import PAGE_BYTES, PairedCache, page_tokens
+
+SEQUENCES_A_SEED = 100
+OPERATIONS = 40
+
+
+class Worker:
+    """One sequence of a random worker: its prompt, its pages in order, and how far they are
+    published."""
+
+    def __init__(self, session: int, name: str, number: int | None, tokens: bytes) -> None:
+        self.session, self.name, self.number, self.tokens = session, name, number, tokens
+        self.pages: list[int] = []
+        self.published = 0
+
+
+class RandomWorkers:
+    """Random operations, mostly legal: sequences of a few sessions that branch off each other."""
+
+    def __init__(self, rng: random.Random) -> None:
+        self.rng = rng
+        self.pair = PairedCache(rng.choice([12, 16, 24, 40, 64]))
+        self.sequences: list[Worker] = []
+        self.names = ["m", "n"]
+
+    def step(self) -> None:
+        moves = [self.start] * 4 + [self.grow] * 3 + [self.publish] * 5 + [self.free] * 3
+        moves += [self.match, self.share_and_free, self.free_some, self.yield_, self.illegal]
+        if self.rng.random() < 0.03:
+            moves = [self.end_session]
+        self.rng.choice(moves)()
+
+    def prompt(self) -> bytes:
+        """A few pages of few letters; the last page may be cut, or differ in one token."""
+        tokens = page_tokens("".join(self.rng.choices("ab", [4, 1], k=self.rng.randint(1, 8))))
+        if self.rng.random() < 0.2:
+            at = self.rng.randrange(len(tokens) // TOKEN_BYTES) * TOKEN_BYTES
+            tokens = tokens[:at] + b"x\0\0\0" + tokens[at + TOKEN_BYTES :]
+        if self.rng.random() < 0.5:
+            tokens = tokens[: self.rng.randint(1, len(tokens) // TOKEN_BYTES) * TOKEN_BYTES]
+        return tokens
+
+    def any_session(self) -> int:
+        return self.rng.choice(list(self.pair.sessions))
+
+    def any_sequence(self) -> Worker | None:
+        return self.rng.choice(self.sequences) if self.sequences else None
+
+    # --- what workers do
+
+    def start(self) -> None:
+        session, name, tokens = self.any_session(), self.rng.choice(self.names), self.prompt()
+        number = None
+        if self.rng.random() < 0.7:
+            number = self.pair.begin(session, 1)[1]
+        sequence = Worker(session, name, number, tokens)
+        self.sequences.append(sequence)
+        self.acquire(sequence)
+
+    def acquire(self, sequence: Worker) -> None:
+        """As many pages as the prompt has, and one for what comes."""
+        session, name, tokens = sequence.session, sequence.name, sequence.tokens
+        count = self.rng.choice([1, len(tokens) // PAGE_BYTES + 1])
+        before = self.pair.core.counters.tokens_matched
+        answer, pages = self.pair.acquire(session, name, tokens, count, sequence.number)
+        if answer == "ok":
+            matched = self.pair.core.counters.tokens_matched - before
+            sequence.pages = pages
+            sequence.published = matched * TOKEN_BYTES // PAGE_BYTES
+
+    def grow(self) -> None:
+        sequence = self.any_sequence()
+        if sequence and not sequence.pages:
+            self.acquire(sequence)
+        elif sequence:
+            count = self.rng.randint(1, 3)
+            answer, pages = self.pair.allocate(sequence.session, count, sequence.number)
+            if answer == "ok":
+                sequence.pages += pages
+                sequence.tokens += self.prompt()
+
+    def publish(self) -> None:
+        sequence = self.any_sequence()
+        if not sequence:
+            return
+        full = min(len(sequence.tokens) // PAGE_BYTES, len(sequence.pages))
+        start = self.rng.choice([0, sequence.published])
+        stop = self.rng.randint(start, full) if full > start else start
+        if stop == start:
+            return
+        sent = sequence.pages[start:stop]
+        after = sequence.pages[start - 1] if start else None
+        tokens = sequence.tokens[start * PAGE_BYTES : stop * PAGE_BYTES]
+        answer, canonical = self.pair.publish(
+            sequence.session, sequence.name, tokens, sent, after
+        )
+        assert answer == "ok"
+        sequence.published = max(stop, sequence.published)
+        sequence.pages[start:stop] = canonical
+        duplicates = [ref for ref in sent if ref not in canonical]
+        if duplicates:
+            self.free_all(sequence.session, duplicates)
+
+    def free_all(self, session: int, refs: list[int]) -> None:
+        if self.rng.random() < 0.2:
+            self.rng.shuffle(refs)
+        assert self.pair.free(session, refs)[0] == "ok"
+
+    def free(self) -> None:
+        """The sequence ends."""
+        sequence = self.any_sequence()
+        if sequence:
+            self.sequences.remove(sequence)
+            if sequence.pages:
+                self.free_all(sequence.session, sequence.pages)
+            if sequence.number is not None:
+                self.pair.end(sequence.session, sequence.number)
+
+    def free_some(self) -> None:
+        """It lets go of a piece from the middle, as if nobody needed it: later pages stay."""
+        sequence = self.any_sequence()
+        if sequence and len(sequence.pages) > 2:
+            start = self.rng.randrange(len(sequence.pages))
+            stop = self.rng.randint(start + 1, len(sequence.pages))
+            piece = sequence.pages[start:stop]
+            rest = Worker(sequence.session, sequence.name, None, b"")
+            rest.pages = sequence.pages[:start] + sequence.pages[stop:]
+            self.sequences.append(rest)
+            sequence.pages, sequence.published = [], 0
+            self.free_all(sequence.session, piece)
+
+    def yield_(self) -> None:
+        sequence = self.any_sequence()
+        if sequence and sequence.number is not None:
+            if sequence.pages:
+                self.free_all(sequence.session, sequence.pages)
+            sequence.pages, sequence.published = [], 0
+            self.pair.yielded(sequence.session, sequence.number)
+
+    def match(self) -> None:
+        """Holds that no request number stands for, as a tool that pins a prompt has."""
+        sequence = Worker(self.any_session(), self.rng.choice(self.names), None, self.prompt())
+        sequence.pages = self.pair.match(sequence.session, sequence.name, sequence.tokens)[1]
+        sequence.published = len(sequence.pages)
+        self.sequences.append(sequence)
+
+    def share_and_free(self) -> None:
+        """A fork: a second sequence with a part of the first one's pages."""
+        sequence = self.any_sequence()
+        if sequence and sequence.pages:
+            count = self.rng.randint(1, len(sequence.pages))
+            fork = Worker(sequence.session, sequence.name, None, sequence.tokens)
+            fork.pages = sequence.pages[:count]
+            fork.published = min(sequence.published, count)
+            assert self.pair.share(sequence.session, fork.pages)[0] == "ok"
+            self.sequences.append(fork)
+
+    def end_session(self) -> None:
+        """Its requests are refused at once; its pages come back when its process is gone."""
+        session = self.any_session()
+        self.pair.end_session(session)
+        assert self.pair.allocate(session, 1, None)[0] == "SESSION_ENDED"
+        self.pair.release_session(session)
+        self.sequences = [s for s in self.sequences if s.session != session]
+        del self.pair.sessions[session]
+        self.pair.open(max(self.pair.model.ended) + len(self.pair.sessions) + 1)
+
+    # --- what they must not do
+
+    def illegal(self) -> None:
+        """Each is refused with its own error; PairedCache sees that nothing has changed."""
+        pair, session = self.pair, self.any_session()
+        others = [s for s in self.sequences if s.session != session and s.pages]
+        held = pair.model.holds[session]
+        foreign = [r for s in others for r in s.pages if not held[r]]
+        mine = [ref for ref in held if held[ref]]
+        free = self.rng.choice([*pair.model.free, -1, 1 << 31])
+        stale = self.rng.choice(mine) - GENERATION if mine else -5
+        for ref in [free, stale, *foreign[:1]]:
+            some = [*mine[:2], ref]
+            assert pair.free(session, some)[0] == "NOT_HELD"
+            assert pair.share(session, some)[0] == "NOT_HELD"
+            assert pair.publish(session, "o", page_tokens("z"), [ref], None)[0] in {
+                "NOT_HELD",
+                "BAD_REQUEST",
+            }
+            if not 0 <= ref:
+                continue
+            if mine and mine[0] not in pair.model.cached.values():
+                refused = pair.publish(session, "m", page_tokens("z"), mine[:1], ref)
+                assert refused[0] == "NOT_HELD"
+        if mine:
+            assert pair.free(session, [mine[0], mine[0]])[0] == "BAD_REQUEST"
+            refused = pair.publish(session, "o", page_tokens("zz"), [mine[0]] * 2, None)
+            assert refused[0] == "BAD_REQUEST"
+        for count in (0, -1, pair.core.num_pages + 1):
+            assert pair.allocate(session, count, None)[0] == "BAD_REQUEST"
+            assert pair.acquire(session, "m", page_tokens("a"), count, None)[0] == "BAD_REQUEST"
+            assert pair.begin(session, count)[0] == "BAD_REQUEST"
+        unknown = self.rng.choice([0, pair.model.queue.next_number, *self.numbers_of_others(session)])
+        assert pair.allocate(session, 1, unknown)[0] == "UNKNOWN_REQUEST"
+        assert pair.acquire(session, "m", page_tokens("a"), 1, unknown)[0] == "UNKNOWN_REQUEST"
+        assert pair.end(session, unknown)[0] == "UNKNOWN_REQUEST"
+        assert pair.yielded(session, unknown)[0] == "UNKNOWN_REQUEST"
+
+    def numbers_of_others(self, session: int) -> list[int]:
+        return [r.number for r in self.pair.model.queue.requests if r.session != session]
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_the_core_does_what_the_model_does(seed: int) -> None:
+    for i in range(SEQUENCES_A_SEED):
+        workers = RandomWorkers(random.Random(seed * SEQUENCES_A_SEED + i))
+        for _ in range(OPERATIONS):
+            workers.step()
