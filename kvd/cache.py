@@ -156,10 +156,10 @@ class CacheManager:
         self._check_count(num_pages)
         request = None if number is None else self.queue.get(session, number)
         walk = self._walk(namespace, tokens)
-        # Cached pages that will be held are available no longer.
+        # Cached pages that will be held are available no longer: to others they are taken.
         will_be_held = sum(s.stop - s.start for s in walk.spans if not s.node.protected)
         missing = max(num_pages - walk.num_pages, 0)
-        self._admit(request, missing, self.num_available - will_be_held)
+        self._admit(request, missing + will_be_held)
         held = self._hold_match(session, walk, tokens)
         new = self._take(session, missing)
         return Match(held.refs + new, held.num_matched_pages, held.matched_tokens, held.stop)
@@ -169,7 +169,7 @@ class CacheManager:
         self._live(session)
         self._check_count(num_pages)
         request = None if number is None else self.queue.get(session, number)
-        self._admit(request, num_pages, self.num_available)
+        self._admit(request, num_pages)
         return self._take(session, num_pages)
 
     def share(self, session: Session, refs: bytes) -> None:
@@ -270,9 +270,9 @@ class CacheManager:
         whole = walk.num_pages == (num_tokens - 1) // self.page_size
         return Match(refs, walk.num_pages, matched, "limit" if whole else "not_cached")
 
-    def _admit(self, request: Request | None, wanted: int, available: int) -> None:
-        """Raise NoPages unless this request may take that many pages now."""
-        allowed = self.queue.available_to(request, available)
+    def _admit(self, request: Request | None, wanted: int) -> None:
+        """Raise NoPages unless this request may take that many of the available pages now."""
+        allowed = self.queue.available_to(request, self.num_available)
         if wanted <= allowed:
             if request is not None:
                 self.queue.served(request)

@@ -115,15 +115,16 @@ class Daemon:
         pool = self._named(request)
         if None not in (request.model, pool.model) and request.model != pool.model:
             raise LayoutMismatch(
-                f"the worker's model {request.model} is not that of pool {pool.name!r}, {pool.model} "
-                "(config and weights content): point both at the same folder",
+                f"the worker's model {request.model} is not that of pool {pool.name!r}, "
+                f"{pool.model} (config and weights content): point both at the same folder",
                 worker=request.model,
                 pool=pool.model,
             )
         ours = {name: getattr(pool.layout, name) for name in GEOMETRY}
         if request.geometry is not None and request.geometry != ours:
             raise LayoutMismatch(
-                f"the worker's KV geometry {request.geometry} is not that of pool {pool.name!r}, {ours}",
+                f"the worker's KV geometry {request.geometry} is not that of pool "
+                f"{pool.name!r}, {ours}",
                 worker=request.geometry,
                 pool=ours,
             )

@@ -15,6 +15,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +53,7 @@ class RunningWorker:
         self.process = process
         self._pidfd = os.pidfd_open(pid)
 
-    @property
+    @cached_property
     def url(self) -> str:
         """Waits until the worker serves. Raises when it ends before that."""
         deadline = time.monotonic() + START_TIMEOUT_S

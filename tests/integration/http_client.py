@@ -36,9 +36,7 @@ class Client:
     def __init__(self, url: str, timeout_s: float = 60.0) -> None:
         parts = urlsplit(url)
         assert parts.hostname is not None
-        self._connection = http.client.HTTPConnection(
-            parts.hostname, parts.port, timeout=timeout_s
-        )
+        self._connection = http.client.HTTPConnection(parts.hostname, parts.port, timeout=timeout_s)
 
     def complete(self, prompt: tuple[int, ...], max_tokens: int, **options: Any) -> Answer:
         """The whole answer. Greedy, unless the options say otherwise."""

@@ -160,7 +160,7 @@ BAD_PACKETS = {
     "a long model": (packet(model="x" * 60_000), "BAD_REQUEST", "model 'xxx"),
     "a list as geometry": (packet(geometry=[1, 1, 8]), "BAD_REQUEST", "geometry [1, 1, 8]: must"),
     "geometry cut": (packet(geometry={"head_dim": 8}), "BAD_REQUEST", "geometry"),
-    "geometry of floats": (packet(geometry={k: 1.0 for k in GEOMETRY}), "BAD_REQUEST", "geometry"),
+    "geometry of text": (packet(geometry=dict.fromkeys(GEOMETRY, "1")), "BAD_REQUEST", "geometry"),
     "another geometry": (packet(geometry=GEOMETRY | {"head_dim": 64}), "LAYOUT_MISMATCH",
                          "'head_dim': 64} is not that of pool 'default', {"),
     "a negative geometry": (packet(geometry=GEOMETRY | {"head_dim": -8}), "LAYOUT_MISMATCH", "-8"),
@@ -402,11 +402,11 @@ BAD_REQUESTS: dict[str, Case] = {
     "a short namespace": ("match", MATCH | {"namespace": msgpack.packb(["m", 0, b""])}, {},
                           "BAD_REQUEST", "namespace is not [model, version, adapter, salt]"),
     "a long namespace": ("match", MATCH | {"namespace": msgpack.packb([LONG, 0, b"", b""])}, {},
-                         "BAD_REQUEST", "fields at most 1024 bytes"),
+                         "BAD_REQUEST", "the limit is 1024 bytes"),
     "texts as bytes": ("match", MATCH | {"namespace": msgpack.packb(["m", 0, "", ""])}, {},
                        "BAD_REQUEST", "wanted [str, int, bytes, bytes]"),
     "version -1": ("match", MATCH | {"namespace": msgpack.packb(["m", -1, b"", b""])}, {},
-                   "BAD_REQUEST", "weights version must be >= 0"),
+                   "BAD_REQUEST", "weights version -1: must be"),
     # roles
     "a worker's status": ("status", {}, {}, "NOT_ALLOWED", "status needs role admin"),
     "a worker's tree": ("tree", {"pool": None, "max_nodes": 1}, {}, "NOT_ALLOWED", "role admin"),
@@ -568,9 +568,8 @@ def test_too_few_descriptors_are_a_passing_trouble(scene: Scene) -> None:
     """The daemon can accept nobody for a while, does not spin meanwhile, and then goes on."""
     pid = scene.daemon.process.pid
     limits = resource.prlimit(pid, resource.RLIMIT_NOFILE)
-    used = max(int(fd.name) for fd in Path(f"/proc/{pid}/fd").iterdir())
     try:
-        resource.prlimit(pid, resource.RLIMIT_NOFILE, (used + 1, limits[1]))
+        resource.prlimit(pid, resource.RLIMIT_NOFILE, (3, limits[1]))
         with open_lease(scene) as waiting:
             time.sleep(0.5)
             assert 1 <= len(scene.daemon.logs("lease.accept_failed")) < 10
@@ -604,7 +603,7 @@ def small_pool(model: str | None = None) -> Pool:
 
 
 def good_calls(random: Random, held: list[int], request: int) -> list[verbs.Call[Any]]:
-    """Calls of all kinds; those of `held` that are at their ends are refused or not, as it comes."""
+    """Calls of all kinds, some of which are refused even before they are mutated."""
     tokens = [random.randrange(3) for _ in range(random.randrange(1, 40))]
     refs = random.sample(held, min(len(held), 3))
     count = random.randrange(1, 5)
@@ -765,5 +764,5 @@ def test_mutated_attach_packets(scene: Scene) -> None:
                     ask(scene, "detach", {}, session=answer["token"])
                 else:
                     kinds.add(answer["error"]["code"] if reply else "hung up")
-    assert kinds > {"BAD_REQUEST", "PROTOCOL_MISMATCH"}
+    assert kinds >= {"BAD_REQUEST", "NOT_ALLOWED", "LAYOUT_MISMATCH"}
     assert KvdError.code not in kinds

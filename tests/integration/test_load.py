@@ -31,9 +31,7 @@ Prompt = tuple[int, ...]
 def two_workers(
     nursery: WorkerNursery, folder: Path, tmp_path: Path, num_pages: int
 ) -> Iterator[tuple[RunningDaemon, list[RunningWorker]]]:
-    with running_daemon(
-        tmp_path, model=folder, page_size=PAGE_SIZE, num_pages=num_pages
-    ) as daemon:
+    with running_daemon(tmp_path, model=folder, page_size=PAGE_SIZE, num_pages=num_pages) as daemon:
         workers = [nursery.start(daemon, name=name) for name in ("left", "right")]
         for worker in workers:
             _ = worker.url
@@ -96,7 +94,9 @@ class Crowd:
     def run(self, num_requests: int) -> None:
         """Raises what the first client raised."""
         numbers = iter(range(num_requests))
-        threads = [threading.Thread(target=self._client, args=(numbers,)) for _ in range(NUM_CLIENTS)]
+        threads = [
+            threading.Thread(target=self._client, args=(numbers,)) for _ in range(NUM_CLIENTS)
+        ]
         for thread in threads:
             thread.start()
         for thread in threads:

@@ -11,7 +11,7 @@ import numpy as np
 from kvd.cache import CacheManager
 from kvd.cache_check import check_cache
 from kvd.session import Session
-from kvd_shared.errors import KvdError, NoPages
+from kvd_shared.errors import BadRequest, KvdError, NoPages
 from kvd_shared.namespace import Namespace
 from kvd_shared.refs import TOKEN_BYTES, refs_from_bytes
 from tests.kvd.reference_model import Key, Path, ReferenceModel
@@ -128,9 +128,7 @@ class PairedCache:
     ) -> Outcome:
         def core() -> list[int]:
             namespace = Namespace(model=name)
-            done = self.core.publish(
-                self.sessions[session], namespace, tokens, packed(refs), after
-            )
+            done = self.core.publish(self.sessions[session], namespace, tokens, packed(refs), after)
             canonical = unpacked(done.refs)
             differ = sum(a != b for a, b in zip(canonical, refs, strict=True))
             assert done.num_duplicates == differ
@@ -192,6 +190,8 @@ class PairedCache:
 
 def matchable(tokens: bytes) -> Path:
     """The full pages before the last token."""
+    if not tokens:
+        raise BadRequest("")
     return tuple(p for p in path_of(tokens[:-TOKEN_BYTES]) if len(p) == PAGE_BYTES)
 
 

@@ -106,7 +106,13 @@ class ReferenceModel:
         return found
 
     def acquire(
-        self, session: int, name: str, path: Path, num_pages: int, number: int | None, new: list[int]
+        self,
+        session: int,
+        name: str,
+        path: Path,
+        num_pages: int,
+        number: int | None,
+        new: list[int],
     ) -> list[int]:
         found = self.walk(name, path)
         missing = max(0, num_pages - len(found))
