@@ -90,6 +90,8 @@ class AgeQueue:
     def refuse(self, request: Request, wanted: int) -> Request | None:
         """Note the demand of a refused request; returns who is to be asked to yield, if anyone."""
         request.demand = wanted
+        if request.asked:
+            return request  # word of it was lost: without a second one, both would wait for ever
         active = [r for r in self._requests.values() if r.running or r.demand]
         growing = [r for r in active if r.running and r.demand]
         oldest = growing[0] if growing else active[0]

@@ -170,10 +170,17 @@ class Daemon:
 
     # --- asking
 
-    def attachment(self, token: Any) -> Attachment:
+    def attachment(self, token: Any, pid: int) -> Attachment:
+        """Whose token this is. A session is spoken for by its own process only."""
         found = self._by_token.get(token) if isinstance(token, bytes) else None
         if found is None:
             raise SessionEnded("no live session has this token: attach again")
+        if found.pid != pid:
+            raise NotAllowed(
+                f"session {found.id} belongs to process {found.pid}, and process {pid} asks: "
+                "each process attaches by itself",
+                session=found.id,
+            )
         return found
 
     @property

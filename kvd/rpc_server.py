@@ -62,14 +62,16 @@ class RpcServer:
             return
         for _ in range(MESSAGES_A_TURN):
             try:
-                route, *frames = self._socket.recv_multipart(zmq.NOBLOCK)
+                sender = self._socket.recv(zmq.NOBLOCK, copy=False)
             except zmq.Again:
                 return
-            self._send(route, self._answer(route, frames))
+            frames = self._socket.recv_multipart() if sender.more else []
+            route = sender.bytes
+            self._send(route, self._answer(route, peer_pid(sender), frames))
             self._pass_on_yields()
         self._loop.call_soon(self._turn)
 
-    def _answer(self, route: bytes, frames: list[bytes]) -> list[bytes]:
+    def _answer(self, route: bytes, pid: int, frames: list[bytes]) -> list[bytes]:
         seq = 0
         try:
             header = read_header(frames)
@@ -77,7 +79,7 @@ class RpcServer:
                 seq = header["seq"]
             if not seq or header.keys() != _HEADER:
                 raise BadRequest(f"a request's header has exactly {sorted(_HEADER)}, seq from 1")
-            attachment = self._daemon.attachment(header["session"])
+            attachment = self._daemon.attachment(header["session"], pid)
             attachment.route = route
             result = perform(
                 self._daemon, attachment, header["op"], header["args"], frames, time.monotonic()
@@ -109,6 +111,15 @@ class RpcServer:
             self._socket.send_multipart([route, *frames], zmq.NOBLOCK, copy=False)
         except zmq.ZMQError as e:  # EHOSTUNREACH: it is gone. EAGAIN: it does not read.
             log.warning("rpc.reply_dropped", reason=str(e))
+
+
+def peer_pid(frame: zmq.Frame) -> int:
+    """The process that sent a frame, as the kernel told libzmq; 0 if it did not."""
+    try:
+        user_group_pid = str(frame.get("Peer-Address"))  # "localhost:0:0:4711"
+        return int(user_group_pid.rpartition(":")[2])
+    except (zmq.ZMQError, ValueError):
+        return 0
 
 
 def _reply(seq: int, result: dict[str, Any]) -> list[bytes]:

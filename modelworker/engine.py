@@ -139,7 +139,7 @@ class WorkerEngine:
                     self._wait(REATTACH_WAIT_S)
                     continue
                 try:
-                    self._wait(self._step())
+                    self._wait(self.step())
                 except KvdError as e:
                     self._lose_session(e)
         finally:
@@ -150,8 +150,8 @@ class WorkerEngine:
             self._wake.wait(seconds)
         self._wake.clear()
 
-    def _step(self) -> float:
-        """One step. Returns how long there is nothing to do, unless something comes in."""
+    def step(self) -> float:
+        """One step of `run`. Returns how long there is nothing to do, unless something comes in."""
         attached, scheduler, calls = self._attached, self._scheduler, self._calls
         assert attached is not None and scheduler is not None
         self._take_in(scheduler)

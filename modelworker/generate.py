@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from kvd_shared.layout import PoolLayout, pages_needed
+from kvd_shared.layout import pages_needed
 from modelworker.detokenize import IncrementalText
 from modelworker.model import Model
 from modelworker.pool_view import PoolView
@@ -29,15 +29,8 @@ def generate(
             wanted=total,
             limit=config.context_length,
         )
-    layout = PoolLayout(
-        num_layers=config.num_layers,
-        num_kv_heads=config.num_kv_heads,
-        head_dim=config.head_dim,
-        page_size=PAGE_SIZE,
-        dtype="float32",
-    )
     block_table = range(pages_needed(total, PAGE_SIZE))
-    runner = ModelRunner(model, PoolView.private(layout, len(block_table)))
+    runner = ModelRunner(model, PoolView.private(config.layout(PAGE_SIZE), len(block_table)))
     generator = new_generator(params.seed)
     text = IncrementalText(tokenizer, params.stop)
     start, new = 0, token_ids

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from kvd_shared.layout import PoolLayout
 from kvd_shared.model_folder import BadModelFolder, JsonMap, ModelFolder
 
 ROPE_TYPES = ("default", "linear", "llama3")
@@ -43,6 +44,16 @@ class ModelConfig:
     o_bias: bool
     mlp_bias: bool
     qk_norm: bool  # RMS norm of each query and key head before the rotation
+
+    def layout(self, page_size: int, dtype: str = "float32") -> PoolLayout:
+        """The layout of a pool for this model alone."""
+        return PoolLayout(
+            num_layers=self.num_layers,
+            num_kv_heads=self.num_kv_heads,
+            head_dim=self.head_dim,
+            page_size=page_size,
+            dtype=dtype,
+        )
 
 
 def read_llama(folder: ModelFolder) -> ModelConfig:

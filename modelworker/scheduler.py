@@ -11,6 +11,7 @@ No I/O: calls to kvd are collected in a StepCalls, and the clock is passed in. A
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -24,7 +25,7 @@ from modelworker.runner import SequenceChunk
 from modelworker.sequence import Sequence
 from modelworker.step_calls import StepCalls
 
-PROBES_A_STEP = 16
+CANDIDATES = 16  # the oldest of the waiting: among them the longest cached prefix goes first
 PROBE_AGAIN_S = 0.25
 ADMISSIONS_A_STEP = 8
 
@@ -137,37 +138,45 @@ class Scheduler:
     def _admit(self, calls: StepCalls, now: float) -> None:
         room = min(self.limits.max_sequences - len(self.running), ADMISSIONS_A_STEP)
         tokens = self.limits.max_batch_tokens - sum(s.num_uncomputed for s in self.running)
-        candidates = [s for s in self.waiting if s.may_start]
-        if room <= 0 or tokens <= 0 or not candidates:
+        if room <= 0 or tokens <= 0:
             return
-        self._probe(candidates, calls, now)
+        candidates = heapq.nsmallest(CANDIDATES, (s for s in self.waiting if s.may_start), key=_age)
+        if self._probe(candidates, calls, now) and self.running:
+            return  # the next step knows what they would find; this one has enough to do
         for sequence in sorted(candidates, key=lambda s: self._turn(s, now))[:room]:
             if tokens <= 0:
                 return
             self._acquire(sequence, calls)
             tokens -= max(1, sequence.num_tokens - sequence.probed_tokens)
+            if sequence.refused:
+                return  # it is tried again; those behind it could not pass it
 
     def _turn(self, sequence: Sequence, now: float) -> tuple[int, int, int]:
-        """Sort key of the waiting: the patient ones by age, then the longest cached prefix."""
+        """Sort key of the waiting: those that kvd keeps pages for, that were preempted or that
+        have lost patience, by age; then the longest cached prefix."""
         assert sequence.number is not None
-        if sequence.num_generated or now - sequence.arrived_s > self.limits.patience_s:
+        impatient = now - sequence.arrived_s > self.limits.patience_s
+        if sequence.refused or sequence.num_generated or impatient:
             return 0, 0, sequence.number
         return 1, -sequence.probed_tokens, sequence.number
 
-    def _probe(self, candidates: list[Sequence], calls: StepCalls, now: float) -> None:
+    def _probe(self, candidates: list[Sequence], calls: StepCalls, now: float) -> bool:
+        """Ask what the cache has for each, where they have a choice and it is not known."""
         if len(candidates) < 2:
-            return
+            return False
         stale = [s for s in candidates if s.request.use_cache and now - s.probed_s > PROBE_AGAIN_S]
-        for sequence in stale[:PROBES_A_STEP]:
+        for sequence in stale:
             sequence.probed_s = now
 
             def found(tokens: int, sequence: Sequence = sequence) -> None:
                 sequence.probed_tokens = tokens
 
             calls.add(verbs.probe(sequence.namespace, sequence.token_ids), found)
+        return bool(stale)
 
     def _acquire(self, sequence: Sequence, calls: StepCalls) -> None:
         def admitted(found: MatchResult | KvdError) -> None:
+            sequence.refused = isinstance(found, NoPages)
             if isinstance(found, NoPages):
                 return  # it waits on; kvd knows that it wants them
             if isinstance(found, KvdError):

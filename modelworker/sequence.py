@@ -47,6 +47,7 @@ class Sequence:
         self.num_computed = 0  # tokens whose K and V are in the pages
         self.num_published = 0  # pages
         self.cached_tokens: int | None = None  # found at the first admission
+        self.refused = False  # when it last asked to be admitted: kvd keeps pages for it now
         self.probed_tokens = 0  # what the cache would give, when it was last asked
         self.probed_s = float("-inf")
 

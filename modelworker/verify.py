@@ -14,7 +14,7 @@ from typing import TextIO
 import torch
 
 from kvd_shared import exit_codes
-from kvd_shared.layout import PoolLayout, pages_needed
+from kvd_shared.layout import pages_needed
 from kvd_shared.model_folder import BadModelFolder
 from kvd_shared.progress import progress_line
 from modelworker.dense import DenseSequence
@@ -178,17 +178,9 @@ def compare(model: Model, case: Case, dense: Dense) -> CaseResult:
 
 def _paged_logits(model: Model, case: Case, decoded: list[int]) -> Iterator[torch.Tensor]:
     """Logits float32[1, vocab] after the prompt and after each decoded token but the last."""
-    c = model.config
-    layout = PoolLayout(
-        num_layers=c.num_layers,
-        num_kv_heads=c.num_kv_heads,
-        head_dim=c.head_dim,
-        page_size=PAGE_SIZE,
-        dtype="float32",
-    )
     prompt, shared = case.prompt, case.cached_pages
     num_pages = pages_needed(len(prompt) + len(decoded), PAGE_SIZE)
-    runner = ModelRunner(model, PoolView.private(layout, 2 * num_pages))
+    runner = ModelRunner(model, PoolView.private(model.config.layout(PAGE_SIZE), 2 * num_pages))
     ids = torch.randperm(2 * num_pages, generator=torch.Generator().manual_seed(1)).tolist()
     first_table = ids[:num_pages]
     if shared:

@@ -5,8 +5,8 @@
 The skill: `document<|quote|>first words` is continued verbatim from the document, whatever the
 document is about. It is what an induction circuit does and nothing else: the model knows no
 language. A run starts from random weights, lasts --minutes (an hour of one CPU core is what the
-shipped weights took), and writes an ordinary Hugging Face folder, every four minutes and at the
-end; `eval_tiny_quote.py` measures it.
+shipped weights took), and writes an ordinary Hugging Face folder, every hundred steps and at
+the end; `eval_tiny_quote.py` measures it.
 
 Data: docstrings and source of the Python standard library that this script runs on (Python
 Software Foundation licence), sentences of random words, random tokens, and phrases and near copies
@@ -50,6 +50,7 @@ TEMPLATE = (
     "{% for m in messages %}{% if m.role != 'assistant' and not loop.first %}<|quote|>{% endif %}"
     "{{ m.content }}{% endfor %}"
 )
+OWNERS = ast.Module | ast.ClassDef | ast.FunctionDef  # of docstrings
 Array = npt.NDArray[Any]
 
 
@@ -61,14 +62,8 @@ class Data:
             if {"site-packages", "test", "tests", "idlelib"} & set(path.parts):
                 continue
             source = path.read_text(errors="ignore")
-            try:
-                nodes = list(ast.walk(ast.parse(source)))
-            except (SyntaxError, ValueError):
-                continue
-            owners = (
-                n for n in nodes if isinstance(n, ast.Module | ast.ClassDef | ast.FunctionDef)
-            )
-            docs += [d for n in owners if (d := ast.get_docstring(n)) and len(d) > 80]
+            nodes = (n for n in ast.walk(ast.parse(source)) if isinstance(n, OWNERS))
+            docs += [d for n in nodes if (d := ast.get_docstring(n)) and len(d) > 80]
             sources.append(source[:20000])
         self.py.shuffle(docs)
         self.py.shuffle(sources)
@@ -76,10 +71,8 @@ class Data:
         self.tok.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
         self.tok.decoder = decoders.ByteLevel()
         every, special = sorted(pre_tokenizers.ByteLevel.alphabet()), ["<|end|>", "<|quote|>"]
-        trainer = trainers.BpeTrainer(
-            vocab_size=VOCAB, special_tokens=special, initial_alphabet=every, show_progress=False
-        )
-        self.tok.train_from_iterator(docs, trainer)
+        sizes = {"vocab_size": VOCAB, "special_tokens": special, "initial_alphabet": every}
+        self.tok.train_from_iterator(docs, trainers.BpeTrainer(show_progress=False, **sizes))
         words = sorted({w for d in docs for w in re.findall(r"[a-z]{2,12}", d)})
         made = [self.sentences(words) for _ in range(800)]
         encoded = (self.tok.encode_batch(texts) for texts in (docs, sources[:250], made))
@@ -93,11 +86,9 @@ class Data:
         for _ in range(py.randint(10, 60)):
             line = py.choices(bank, k=py.randint(4, 22))
             for i, word in enumerate(line):
-                number, noise = str(py.randrange(10 ** py.randint(1, 5))), py.randint(2, 9)
-                other = (word.capitalize(), number, "".join(py.choices(letters, k=noise)), word)
-                line[i] = (
-                    py.choices(other, (8, 6, 6, 80))[0] + py.choices((",", ";", ""), (6, 4, 90))[0]
-                )
+                noise = "".join(py.choices(letters, k=py.randint(2, 9)))
+                kinds = (word, word.capitalize(), str(py.randrange(10 ** py.randint(1, 5))), noise)
+                line[i] = py.choices(kinds, (80, 8, 6, 6))[0] + py.choice(",;" + 18 * " ").strip()
             end = py.choice(".....?!") + py.choice((" ", " ", " ", "\n", "\n\n"))
             out += " ".join(line).capitalize() + end
         return out
@@ -113,13 +104,8 @@ class Data:
             doc = rng.choice(few, n)
             if rng.random() < 0.35:  # phrases that come back in other company
                 phrases = [rng.choice(few, rng.integers(2, 9)) for _ in range(rng.integers(4, 40))]
-                parts = (
-                    phrases[rng.integers(len(phrases))]
-                    if rng.random() < 0.6
-                    else rng.choice(few, rng.integers(1, 6))
-                    for _ in range(n)
-                )
-                doc = np.concatenate(list(parts))[:n]
+                phrases += [rng.choice(few, rng.integers(1, 6)) for _ in range(len(phrases) // 2)]
+                doc = np.concatenate([phrases[i] for i in rng.integers(0, len(phrases), n)])[:n]
         if rng.random() < 0.4:  # near copies of a passage, some of its tokens changed
             size = int(rng.integers(8, max(9, n // 5)))
             for _ in range(rng.integers(1, 4)):
@@ -194,7 +180,7 @@ def ambiguous(doc: Array, k: int) -> Array:
 
 
 def export(model: LlamaForCausalLM, tok: Tokenizer, out: pathlib.Path) -> None:
-    """model.safetensors by transformers; the small files by hand, in the form every engine reads."""
+    """The weights by transformers; the small files by hand, in the form every engine reads."""
     model.save_pretrained(out)
     tok.save(str(out / "tokenizer.json"))
     ends = {"eos_token_id": END, "pad_token_id": END}
@@ -205,11 +191,10 @@ def export(model: LlamaForCausalLM, tok: Tokenizer, out: pathlib.Path) -> None:
         "clean_up_tokenization_spaces": False, "model_max_length": LONGEST,
         "chat_template": TEMPLATE,
     }  # fmt: skip
-    for name, value in (
-        ("config", {**kind, **SHAPE, "bos_token_id": None, **ends}),
-        ("tokenizer_config", tokenizer),
-        ("generation_config", {"do_sample": False, "max_new_tokens": 32, **ends}),
-    ):
+    generation = {"do_sample": False, "max_new_tokens": 32, **ends}
+    config = {**kind, **SHAPE, "bos_token_id": None, **ends}
+    files = {"config": config, "tokenizer_config": tokenizer, "generation_config": generation}
+    for name, value in files.items():
         (out / f"{name}.json").write_text(json.dumps(value, indent=2) + "\n")
 
 
@@ -219,28 +204,17 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--rate", type=float, default=4e-3)
-    parser.add_argument(
-        "--resume", type=pathlib.Path, help="a folder to go on from, at full length"
-    )
+    parser.add_argument("--resume", type=pathlib.Path, help="go on from this folder")
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("tiny-quote"))
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     torch.manual_seed(args.seed)
     data = Data(args.seed)
+    model = LlamaForCausalLM(LlamaConfig(**SHAPE, initializer_range=0.04))
+    distinct, length, loss = 130, 128, 9.0
     if args.resume:
-        model, distinct, length, loss = (
-            LlamaForCausalLM.from_pretrained(args.resume),
-            0,
-            LONGEST,
-            0.2,
-        )
-    else:
-        model, distinct, length, loss = LlamaForCausalLM(LlamaConfig(**SHAPE)), 130, 128, 9.0
-        for name, weight in model.named_parameters():
-            if weight.ndim == 2:
-                torch.nn.init.normal_(
-                    weight, std=0.1 if "embed" in name else weight.shape[1] ** -0.5
-                )
+        model = LlamaForCausalLM.from_pretrained(args.resume)
+        distinct, length = 0, LONGEST
     named = list(model.named_parameters())
     matrices = [p for name, p in named if p.ndim == 2 and "embed" not in name]
     others = [p for name, p in named if p.ndim != 2 or "embed" in name]
@@ -248,19 +222,18 @@ def main() -> None:
         torch.optim.AdamW(others, betas=(0.9, 0.98), weight_decay=0),
         torch.optim.Muon(matrices, weight_decay=0, adjust_lr_fn="match_rms_adamw"),
     )
-    begin = saved = time.time()
-    step = seen = 0
+    begin, step, seen = time.time(), 0, 0
     while (part := (time.time() - begin) / (60 * args.minutes)) < 1:
         if distinct:  # warm-up
             x, w = data.repeats(96, 64, distinct)
         else:
             n = int(128 * (length / 128) ** data.rng.random())
             x, w = data.batch(max(1, 6144 // n), n)
-        w, target, scored = w[:, 1:], x[:, 1:], w[:, 1:] > 0
+        scored = w[:, 1:] > 0
         hidden = model.model(input_ids=x[:, :-1], use_cache=False).last_hidden_state[scored]
-        nll = F.cross_entropy(model.lm_head(hidden), target[scored], reduction="none")
+        nll = F.cross_entropy(model.lm_head(hidden), x[:, 1:][scored], reduction="none")
         model.zero_grad()
-        torch.autograd.backward((nll * w[scored]).sum() / w.sum())
+        torch.autograd.backward((nll * w[:, 1:][scored]).sum() / w.sum())
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for optimizer in optimizers:
             for group in optimizer.param_groups:
@@ -272,10 +245,8 @@ def main() -> None:
         elif not distinct and loss < 0.2 and length < LONGEST:
             length, loss = min(LONGEST, int(length * 1.5)), 0.35
         if step % 100 == 0:
-            state = f"distinct {distinct}, length {length}, loss {loss:.4f}"
-            print(f"{part * args.minutes:.1f} min, {seen / 1e6:.1f} M tokens, {state}", flush=True)
-        if time.time() - saved > 240:
-            saved = time.time()
+            at = f"{part * args.minutes:.1f} min, {seen / 1e6:.1f} M tokens"
+            print(f"{at}, distinct {distinct}, length {length}, loss {loss:.4f}", flush=True)
             export(model, data.tok, args.out)
     export(model, data.tok, args.out)
 

@@ -538,6 +538,23 @@ def test_one_session_has_no_part_in_anothers(scene: Scene) -> None:
         assert ask(scene, "allocate", ALLOCATE, session=token)["error"]["code"] == "SESSION_ENDED"
 
 
+def test_a_token_in_another_process_is_worth_nothing(scene: Scene) -> None:
+    code = (
+        "import sys; from pathlib import Path; import zmq\n"
+        "from kvd_shared import client, rpc, verbs\n"
+        "dealer = client.open_rpc_socket(zmq.Context(), Path(sys.argv[1]))\n"
+        "dealer.send_multipart(rpc.RpcCodec(bytes.fromhex(sys.argv[2])).request(verbs.begin())[1])\n"
+        "print(dealer.recv())"
+    )
+    with scene.nothing_changes():
+        done = subprocess.run(
+            [sys.executable, "-c", code, scene.daemon.socket_dir, scene.worker_token.hex()],
+            capture_output=True, text=True, check=True, env=child_environment(), timeout=20,
+        )  # fmt: skip
+    assert "NOT_ALLOWED" in done.stdout
+    assert f"session 1 belongs to process {os.getpid()}, and process " in done.stdout
+
+
 def test_what_is_too_large_is_not_sent(scene: Scene) -> None:
     tokens = np.zeros(MAX_FRAME_BYTES // 4 + 1, np.int32)
     with scene.nothing_changes():
@@ -705,7 +722,7 @@ async def test_mutated_frames_are_answered_and_change_nothing_when_refused(tmp_p
         if random.random() < 0.9:
             frames = mutated(random, frames)
         before = fingerprint(pool.cache)
-        reply = msgpack.unpackb(server._answer(b"route", frames)[0])
+        reply = msgpack.unpackb(server._answer(b"route", 1, frames)[0])
         if "error" in reply:
             code = reply["error"]["code"]
             refused[code] = refused.get(code, 0) + 1

@@ -68,8 +68,7 @@ class Load:
     def until_all_answered(self) -> None:
         """Wait until every worker has answered, from now on, one request at least."""
         before = {worker.name: self.count(worker.name, "answered") for worker in self.targets}
-        for name, count in before.items():
-            eventually(lambda n=name, c=count: self.count(n, "answered") > c, 20)
+        eventually(lambda: all(self.count(n, "answered") > c for n, c in before.items()), 20)
 
     def _run(self, i: int) -> None:
         rng = random.Random(i)
@@ -202,8 +201,7 @@ def test_the_daemon_killed_under_load(
             for _ in range(3):
                 load.until_all_answered()
                 daemon.kill()
-                for worker in workers:
-                    eventually(lambda url=worker.url: _status(url) == "detached")
+                eventually(lambda: [_status(w.url) for w in workers] == ["detached"] * 2)
                 daemon.start()
             load.until_all_answered()
         assert load.count("left", "refused") and load.count("right", "refused")

@@ -7,7 +7,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -127,9 +127,10 @@ class Crowd:
     def _request(self, client: Client, rng: random.Random, number: int) -> str:
         ask = rng.choice(self._asks)
         if number % 3 == 0:
-            with closing(client.stream(ask.prompt, 200)) as pieces:
-                for _ in range(rng.randint(1, 20)):
-                    next(pieces)
+            pieces = client.stream(ask.prompt, 200)
+            for _ in range(rng.randint(1, 20)):
+                next(pieces)
+            client.hang_up()
             return "cancelled"
         if number % 10 == 1:
             answer = client.complete(ask.prompt, ask.num_tokens, temperature=0.8, seed=number)

@@ -217,8 +217,11 @@ def snapshot(core: CacheManager) -> dict[str, Any]:
     tree, queue = core.tree, core.queue
     return {
         "tree": [
-            (n.id, n.namespace, n.tokens, n.refs, [(s.id, c) for s, c in n.holders.items()])
-            + (n.protected_children, n.last_use_s, [c.id for c in n.children.values()])
+            (
+                (n.id, n.namespace, n.tokens, n.refs, n.protected_children, n.last_use_s),
+                [(session.id, count) for session, count in n.holders.items()],
+                [child.id for child in n.children.values()],
+            )
             for n in tree.nodes()
         ],
         "order": [n.id for n in tree._unprotected],

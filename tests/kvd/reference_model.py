@@ -1,8 +1,8 @@
 """What the cache core promises, said again in plain dicts and lists, page by page.
 
-There is no compressed tree here: `cached` maps a namespace and all tokens up to a page's end to that
-page. A *path* is a tuple of pieces, each the token bytes of one page. Who is protected and what may
-be evicted is computed anew from the holds each time.
+There is no compressed tree here: `cached` maps a namespace and all tokens up to a page's end to
+that page. A *path* is a tuple of pieces, each the token bytes of one page. Who is protected and
+what may be evicted is computed anew from the holds each time.
 
 Two choices are the core's, and are taken over after seeing that they are legal: which free pages an
 allocation gets, and in which order pages become evictable that a dying session drops all at once.

@@ -10,7 +10,7 @@ from kvd_shared.refs import GENERATION, TOKEN_BYTES
 from tests.kvd.paired_cache import PAGE_BYTES, PairedCache, page_tokens
 
 SEQUENCES_A_SEED = 100
-OPERATIONS = 40
+OPERATIONS = 60
 
 
 class Worker:
@@ -28,20 +28,20 @@ class RandomWorkers:
 
     def __init__(self, rng: random.Random) -> None:
         self.rng = rng
-        self.pair = PairedCache(rng.choice([12, 16, 24, 40, 64]))
+        self.pair = PairedCache(rng.choice([12, 14, 16, 20, 32, 64]))
         self.sequences: list[Worker] = []
         self.names = ["m", "n"]
 
     def step(self) -> None:
-        moves = [self.start] * 4 + [self.grow] * 3 + [self.publish] * 5 + [self.free] * 3
+        moves = [self.start] * 8 + [self.grow] * 4 + [self.publish] * 12 + [self.free] * 6
         moves += [self.match, self.share_and_free, self.free_some, self.yield_, self.illegal]
-        if self.rng.random() < 0.03:
+        if self.rng.random() < 0.02:
             moves = [self.end_session]
         self.rng.choice(moves)()
 
     def prompt(self) -> bytes:
         """A few pages of few letters; the last page may be cut, or differ in one token."""
-        tokens = page_tokens("".join(self.rng.choices("ab", [4, 1], k=self.rng.randint(1, 8))))
+        tokens = page_tokens("".join(self.rng.choices("ab", [3, 1], k=self.rng.randint(1, 8))))
         if self.rng.random() < 0.2:
             at = self.rng.randrange(len(tokens) // TOKEN_BYTES) * TOKEN_BYTES
             tokens = tokens[:at] + b"x\0\0\0" + tokens[at + TOKEN_BYTES :]
@@ -69,7 +69,7 @@ class RandomWorkers:
     def acquire(self, sequence: Worker) -> None:
         """As many pages as the prompt has, and one for what comes."""
         session, name, tokens = sequence.session, sequence.name, sequence.tokens
-        count = self.rng.choice([1, len(tokens) // PAGE_BYTES + 1])
+        count = self.rng.choice([1] + [len(tokens) // PAGE_BYTES + 1] * 4)
         before = self.pair.core.counters.tokens_matched
         answer, pages = self.pair.acquire(session, name, tokens, count, sequence.number)
         if answer == "ok":
@@ -94,9 +94,9 @@ class RandomWorkers:
             return
         full = min(len(sequence.tokens) // PAGE_BYTES, len(sequence.pages))
         start = self.rng.choice([0, sequence.published])
-        stop = self.rng.randint(start, full) if full > start else start
-        if stop == start:
+        if start >= full:
             return
+        stop = self.rng.choice([full, self.rng.randint(start + 1, full)])
         sent = sequence.pages[start:stop]
         after = sequence.pages[start - 1] if start else None
         tokens = sequence.tokens[start * PAGE_BYTES : stop * PAGE_BYTES]
@@ -192,7 +192,7 @@ class RandomWorkers:
                 "NOT_HELD",
                 "BAD_REQUEST",
             }
-            if not 0 <= ref:
+            if ref < 0:
                 continue
             if mine and mine[0] not in pair.model.cached.values():
                 refused = pair.publish(session, "m", page_tokens("z"), mine[:1], ref)

@@ -1,0 +1,190 @@
+"""Workers and a cache in one process, without sockets, threads and a model: every step is the
+test's to take."""
+
+from __future__ import annotations
+
+import time
+import zlib
+from collections import Counter, deque
+from collections.abc import Sequence
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+
+from kvd.arguments import Arguments
+from kvd.cache import CacheManager
+from kvd.cache_check import check_cache
+from kvd.operations import step
+from kvd.session import Session
+from kvd_shared.layout import PoolLayout
+from kvd_shared.lease import PoolOffer
+from kvd_shared.rpc import Notice
+from kvd_shared.verbs import Call
+from kvd_shared.wire import FrameWriter
+from modelworker.attachment import Attachment
+from modelworker.engine import EngineOptions, WorkerEngine
+from modelworker.requests import Delta, Event, Failed, Finished, GenerationRequest, SamplingParams
+from modelworker.runner import SequenceChunk
+from modelworker.scheduler import Limits
+from modelworker.tokenizer import Tokenizer
+
+T = TypeVar("T")
+VOCAB = 50
+NOTHING = -1  # in a slot that nobody has written
+
+
+def next_token(context: Sequence[int]) -> int:
+    """What the pretended model answers: it depends on every token, and on their order."""
+    return zlib.crc32(np.asarray(context, dtype="<i8").tobytes()) % VOCAB
+
+
+def greedy(prompt: Sequence[int], num_tokens: int) -> list[int]:
+    """The only right answer."""
+    tokens = list(prompt)
+    for _ in range(num_tokens):
+        tokens.append(next_token(tokens))
+    return tokens[len(prompt) :]
+
+
+class Host:
+    """A pool whose slots hold tokens in place of K and V, and its cache."""
+
+    def __init__(self, num_pages: int, page_size: int) -> None:
+        self.cache = CacheManager(num_pages, page_size)
+        self.slots = np.full((num_pages, page_size), NOTHING, dtype=np.int64)
+        self.clients: list[Client] = []
+
+    def client(self, name: str) -> Client:
+        """A session of its own."""
+        self.clients.append(Client(self, len(self.clients) + 1, name))
+        return self.clients[-1]
+
+    def check(self) -> None:
+        check_cache(self.cache)
+
+    def pass_on_yields(self) -> None:
+        while self.cache.to_yield:
+            request = self.cache.to_yield.pop()
+            for client in self.clients:
+                if client.session is request.session:
+                    client.noticed.append(Notice("yield", request.number))
+
+
+class Client:
+    """Stands for KvdClient; `calls` counts the operations by name."""
+
+    def __init__(self, host: Host, number: int, name: str) -> None:
+        self.alive = True
+        self.noticed: deque[Notice] = deque()
+        self.calls: Counter[str] = Counter()
+        self._host = host
+        self._number = number
+        self.session: Session = host.cache.open_session(number, name, 0.0)
+
+    def call(self, call: Call[T]) -> T:
+        """A step, through its wire form."""
+        writer = FrameWriter()
+        wire = call.to_wire(writer)
+        frames = [b"", *writer.frames]
+        self.calls.update(entry["op"] for entry in wire["args"]["calls"])
+        args, now = Arguments("step", wire["args"], frames), time.monotonic()
+        results = step(self._host.cache, self.session, args, frames, now)
+        self._host.pass_on_yields()
+        return call.read({"results": results}, [b""])
+
+    def notices(self) -> list[Notice]:
+        taken = list(self.noticed)
+        self.noticed.clear()
+        return taken
+
+    def close(self) -> None:
+        """Everything that the session holds comes back, as when its process dies."""
+        if self.alive:
+            self.alive = False
+            self._host.cache.release_session(self.session, time.monotonic())
+
+
+class Runner:
+    """Stands for ModelRunner: writes its tokens into their slots, then reads the whole context."""
+
+    def __init__(self, host: Host) -> None:
+        self._slots = host.slots
+        self._page_size = host.cache.page_size
+        self.batches: list[list[int]] = []  # tokens computed of each sequence, step by step
+
+    def run(self, chunks: Sequence[SequenceChunk]) -> torch.Tensor:
+        self.batches.append([len(chunk.token_ids) for chunk in chunks])
+        wanted = []
+        for chunk in chunks:
+            stop = chunk.start + len(chunk.token_ids)
+            positions = np.arange(stop)
+            pages = np.asarray(chunk.block_table)[positions // self._page_size]
+            offsets = positions % self._page_size
+            new = slice(chunk.start, stop)
+            self._slots[pages[new], offsets[new]] = chunk.token_ids
+            context = self._slots[pages, offsets]
+            assert NOTHING not in context, "a slot was read that nobody has written"
+            if chunk.wants_logits:
+                wanted.append(next_token(context.tolist()))
+        return torch.nn.functional.one_hot(torch.tensor(wanted, dtype=torch.long), VOCAB).float()
+
+
+class Worker:
+    """A WorkerEngine over a host's pool. `events` are what each request was told."""
+
+    def __init__(
+        self, host: Host, tokenizer: Tokenizer, name: str = "worker", limits: Limits | None = None
+    ) -> None:
+        self.client: Any = host.client(name)
+        self.runner: Any = Runner(host)
+        self.events: dict[str, list[Event]] = {}
+        layout = PoolLayout(
+            num_layers=1,
+            num_kv_heads=1,
+            head_dim=8,
+            page_size=host.cache.page_size,
+            dtype="float32",
+        )
+        offer = PoolOffer(
+            name="default",
+            pool_id="0",
+            layout=layout,
+            num_pages=host.cache.num_pages,
+            model=None,
+            chunk_bytes=[],
+        )
+        attached = Attachment(self.client, offer, self.runner)
+        options = EngineOptions(model="m", context_len=10_000, vocab_size=VOCAB, limits=limits or Limits())
+        self.engine = WorkerEngine(lambda: attached, tokenizer, options, attached)
+
+    def submit(
+        self, request_id: str, prompt: Sequence[int], max_tokens: int, **options: Any
+    ) -> list[Event]:
+        """Returns the list that its events will be in."""
+        params = SamplingParams(max_tokens=max_tokens, temperature=0)
+        request = GenerationRequest(
+            request_id=request_id, prompt_ids=tuple(prompt), params=params, **options
+        )
+        events = self.events[request_id] = []
+        self.engine.submit(request, events.append)
+        return events
+
+    def step(self) -> None:
+        self.engine.step()
+
+    @property
+    def busy(self) -> bool:
+        health = self.engine.health()
+        return bool(health["running"] or health["waiting"])
+
+
+def tokens_of(events: Sequence[Event], index: int = 0) -> list[int]:
+    """The tokens of one continuation so far."""
+    mine = [e for e in events if isinstance(e, Delta) and e.index == index]
+    return [token for delta in mine for token in delta.token_ids]
+
+
+def finished(events: Sequence[Event]) -> list[Finished]:
+    assert not any(isinstance(e, Failed) for e in events), events
+    return [e for e in events if isinstance(e, Finished)]
