@@ -8,7 +8,9 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
+from contextlib import suppress
 from dataclasses import dataclass
+from queue import Empty, SimpleQueue
 
 import structlog
 
@@ -60,7 +62,9 @@ class WorkerEngine:
         self._attach = attach
         self._tokenizer = tokenizer
         self._options = options
-        self._wake = threading.Event()
+        # not an Event: `stop` is called from a signal handler, which may interrupt this very thread
+        # inside the Event's lock; SimpleQueue.put is reentrant
+        self._wake: SimpleQueue[None] = SimpleQueue()
         self._lock = threading.Lock()  # guards the four that other threads touch
         self._inbox: deque[tuple[GenerationRequest, Emit]] = deque()
         self._cancelled: set[str] = set()
@@ -78,12 +82,12 @@ class WorkerEngine:
         with self._lock:
             self._check(request)
             self._inbox.append((request, emit))
-        self._wake.set()
+        self._wake.put(None)
 
     def cancel(self, request_id: str) -> None:
         with self._lock:
             self._cancelled.add(request_id)
-        self._wake.set()
+        self._wake.put(None)
 
     def health(self) -> dict[str, object]:
         scheduler, attached = self._scheduler, self._attached
@@ -98,7 +102,7 @@ class WorkerEngine:
     def stop(self) -> None:
         """Let what was accepted finish, then return from `run`."""
         self._stopping = True
-        self._wake.set()
+        self._wake.put(None)
 
     def _check(self, request: GenerationRequest) -> None:
         attached, scheduler = self._attached, self._scheduler
@@ -146,9 +150,11 @@ class WorkerEngine:
             self._lose_session(Draining("the worker has stopped"))
 
     def _wait(self, seconds: float) -> None:
-        if seconds:
-            self._wake.wait(seconds)
-        self._wake.clear()
+        with suppress(Empty):
+            if seconds:
+                self._wake.get(timeout=seconds)
+            while True:
+                self._wake.get_nowait()
 
     def step(self) -> float:
         """One step of `run`. Returns how long there is nothing to do, unless something comes in."""

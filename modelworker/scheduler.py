@@ -141,8 +141,8 @@ class Scheduler:
         if room <= 0 or tokens <= 0:
             return
         candidates = heapq.nsmallest(CANDIDATES, (s for s in self.waiting if s.may_start), key=_age)
-        if self._probe(candidates, calls, now) and self.running:
-            return  # the next step knows what they would find; this one has enough to do
+        if self._probe(candidates, calls, now):
+            return  # the next step knows what they would find
         for sequence in sorted(candidates, key=lambda s: self._turn(s, now))[:room]:
             if tokens <= 0:
                 return

@@ -4,9 +4,8 @@
 
 The skill: `document<|quote|>first words` is continued verbatim from the document, whatever the
 document is about. It is what an induction circuit does and nothing else: the model knows no
-language. A run starts from random weights, lasts --minutes (an hour of one CPU core is what the
-shipped weights took), and writes an ordinary Hugging Face folder, every hundred steps and at
-the end; `eval_tiny_quote.py` measures it.
+language. A run starts from random weights and lasts --minutes, about an hour on one or two CPU
+cores; every hundred steps it writes a Hugging Face folder, which `eval_tiny_quote.py` measures.
 
 Data: docstrings and source of the Python standard library that this script runs on (Python
 Software Foundation licence), sentences of random words, random tokens, and phrases and near copies
@@ -97,8 +96,7 @@ class Data:
         rng = self.rng
         if text:
             stream = self.streams[rng.choice(3, p=(0.5, 0.2, 0.3))]
-            start = int(rng.integers(0, len(stream) - n))
-            doc = stream[start : start + n].copy()
+            doc = stream[(start := rng.integers(0, len(stream) - n)) : start + n].copy()
         else:
             few = rng.permutation(VOCAB - 2)[: int(2 ** rng.uniform(4, 9 if n % 2 else 12))] + 2
             doc = rng.choice(few, n)
@@ -203,7 +201,7 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=60)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--rate", type=float, default=4e-3)
+    parser.add_argument("--rate", type=float, default=4e-3, help="of learning, at its highest")
     parser.add_argument("--resume", type=pathlib.Path, help="go on from this folder")
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("tiny-quote"))
     args = parser.parse_args()
@@ -215,9 +213,8 @@ def main() -> None:
     if args.resume:
         model = LlamaForCausalLM.from_pretrained(args.resume)
         distinct, length = 0, LONGEST
-    named = list(model.named_parameters())
-    matrices = [p for name, p in named if p.ndim == 2 and "embed" not in name]
-    others = [p for name, p in named if p.ndim != 2 or "embed" in name]
+    others = [model.model.embed_tokens.weight, *(p for p in model.parameters() if p.ndim == 1)]
+    matrices = [p for p in model.model.layers.parameters() if p.ndim == 2]
     optimizers = (
         torch.optim.AdamW(others, betas=(0.9, 0.98), weight_decay=0),
         torch.optim.Muon(matrices, weight_decay=0, adjust_lr_fn="match_rms_adamw"),
@@ -236,8 +233,7 @@ def main() -> None:
         torch.autograd.backward((nll * w[:, 1:][scored]).sum() / w.sum())
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for optimizer in optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = args.rate * min(1, (step + 1) / 100, 1.25 * (1 - part))
+            optimizer.param_groups[0]["lr"] = args.rate * min(1, step / 100, 1.25 * (1 - part))
             optimizer.step()
         step, seen, loss = step + 1, seen + x.numel(), 0.95 * loss + 0.05 * nll.mean().item()
         if distinct and loss < 0.6:  # few distinct tokens, then all of them, then documents

@@ -9,7 +9,7 @@ from modelworker.tokenizer import Tokenizer
 
 QUOTE = "<|quote|>"  # the shipped model continues what follows it as the document does
 CUE_WORDS = 6
-ANSWER_TOKENS = 20
+ANSWER_TOKENS = 24
 MIN_ANSWER_CHARACTERS = 16
 
 

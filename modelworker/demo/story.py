@@ -5,6 +5,8 @@ from __future__ import annotations
 import subprocess
 import sys
 import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from kvd_shared import verbs
@@ -23,9 +25,11 @@ from modelworker.demo.document import (
 from modelworker.demo.processes import Cluster, DemoFailed, url_of
 from modelworker.tokenizer import Tokenizer
 
-POOL_SIZE = "512 pages"
+POOL_SIZE = "304 pages"
 PARALLEL = 4
-ROOM = 64  # tokens for a cue and its answer
+ROOM = 320  # tokens for a cue and what follows it
+LONG_ANSWER = 280  # tokens: time enough to look at the pages meanwhile
+SHARED_WITHIN_S = 10.0
 
 
 def run_demo(model: Path, document: Path) -> None:
@@ -71,14 +75,16 @@ class Story:
         parallel = self._parallel(url0)
         w0.kill()
         print("kill -9 w0; a new w0 starts", flush=True)
-        again = self._ask("w0", url_of(self._cluster.start_worker("w0")), 3, "← still cached")
-        self._pictures()
+        url0 = url_of(self._cluster.start_worker("w0"))
+        again = self._ask("w0", url0, 3, "← still cached")
+        shared = self._pictures(url0, url1)
 
         report.heading("what must hold")
         check = self._verdicts.check
         check(first.cached_tokens == 0, "the first worker found nothing cached")
         check(second.cached_tokens > 0, "the second worker used pages that it never computed")
         check(again.cached_tokens > 0, "the cache outlived the worker that had filled it")
+        check(shared > 0, f"both workers read the same {shared} pages at the same time")
         check(parallel, f"{PARALLEL} continuations shared the prompt's pages")
         right = sum(_quotes(q, a) for q, a in self._answers)
         check(
@@ -143,7 +149,20 @@ class Story:
         )
         self._verdicts.check(audit["ok"], "the audit of all invariants is clean")
 
-    def _pictures(self) -> None:
+    def _pictures(self, *urls: str) -> int:
+        """Page map and tree while both workers answer from the same document; returns how many
+        pages they were seen to hold together."""
+        with ThreadPoolExecutor() as threads:
+            fields = {"max_tokens": LONG_ANSWER, "ignore_eos": True}
+            for url, question in zip(urls, self._questions, strict=False):
+                threads.submit(complete, url, self._model, self._prompt(question), **fields)
+            deadline, shared = time.monotonic() + SHARED_WITHIN_S, 0
+            while not shared and time.monotonic() < deadline:
+                shared = self._counts()["shared_pages"]
+            self._draw()
+        return shared
+
+    def _draw(self) -> None:
         for verb in ("pages", "tree"):
             report.heading(f"$ kvdctl {verb}")
             command = [sys.executable, "-m", "kvd.admin", verb]
