@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -167,6 +168,7 @@ def _demo(args: argparse.Namespace) -> int:
     from modelworker.demo.processes import DemoFailed
     from modelworker.demo.story import run_demo
 
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # cleans up as Ctrl-C does
     try:
         run_demo(SHIPPED_MODEL, args.doc)
     except DemoFailed as e:

@@ -8,8 +8,7 @@ language. A run starts from random weights and lasts --minutes, about an hour on
 cores; every hundred steps it writes a Hugging Face folder, which `eval_tiny_quote.py` measures.
 
 Data: docstrings and source of the Python standard library that this script runs on (Python
-Software Foundation licence), sentences of random words, random tokens, and phrases and near copies
-that make short contexts ambiguous. Nothing else.
+Software Foundation licence); sentences of random words, random tokens, phrases and near copies.
 
 What mattered, most first: many quotes per document, so that nearly half of all tokens are scored;
 a warm-up on repeats of random tokens with a random period (a fixed period teaches a positional

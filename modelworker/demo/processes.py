@@ -7,7 +7,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 START_TIMEOUT_S = 120.0  # importing torch from a cold disk takes a while
@@ -80,10 +81,8 @@ class Cluster:
     def __init__(self, model: Path, pool_size: str, root: Path) -> None:
         self.socket_dir = root / "sockets"
         self._model, self._root = model, root
+        self._pool_size = pool_size
         self._all: list[Process] = []
-        args = ["serve", "--socket-dir", str(self.socket_dir), "--model", str(model)]
-        self.daemon = self._start("kvd", "kvd", [*args, "--pool-size", pool_size])
-        self.daemon.wait_for("daemon.ready")
 
     def start_worker(self, name: str) -> Process:
         """Starts a worker; `url_of` waits for it."""
@@ -92,16 +91,45 @@ class Cluster:
         return self._start(name, "modelworker", args)
 
     def _start(self, name: str, module: str, args: Sequence[str]) -> Process:
-        process = Process(name, module, args, self._root)
-        self._all.append(process)
+        with interrupts_deferred():  # a process that is started and not noted would be left behind
+            process = Process(name, module, args, self._root)
+            self._all.append(process)
         return process
 
     def __enter__(self) -> Cluster:
+        args = ["serve", "--socket-dir", str(self.socket_dir), "--model", str(self._model)]
+        try:
+            daemon = self._start("kvd", "kvd", [*args, "--pool-size", self._pool_size])
+            daemon.wait_for("daemon.ready")
+        except BaseException:
+            self._stop()
+            raise
         return self
 
     def __exit__(self, *_: object) -> None:
-        for process in reversed(self._all):  # workers first
-            process.stop()
+        self._stop()
+
+    def _stop(self) -> None:
+        with interrupts_deferred():
+            for process in reversed(self._all):  # workers first
+                process.stop()
+
+
+@contextmanager
+def interrupts_deferred() -> Iterator[None]:
+    """Ctrl-C and SIGTERM wait for the end of the block. For the main thread."""
+    came: list[int] = []
+    before = {
+        number: signal.signal(number, lambda number, _: came.append(number))
+        for number in (signal.SIGINT, signal.SIGTERM)
+    }
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    if came:
+        raise KeyboardInterrupt
 
 
 def url_of(worker: Process) -> str:
