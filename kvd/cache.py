@@ -13,13 +13,14 @@ Who owns a page, at any time exactly one of:
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from array import array
 
 import numpy as np
 
 from kvd.age_queue import AgeQueue, Request
 from kvd.free_list import FreeList
 from kvd.radix_tree import RadixTree, Span, Walk
+from kvd.results import Counters, Match, Published
 from kvd.session import Session
 from kvd_shared.errors import BadRequest, Draining, NoPages, NotHeld, SessionEnded
 from kvd_shared.namespace import Namespace
@@ -32,36 +33,7 @@ from kvd_shared.refs import (
     refs_from_bytes,
 )
 
-
-@dataclass(frozen=True, slots=True)
-class Match:
-    """Held pages in order: the longest cached prefix, then (from `acquire`) new pages."""
-
-    refs: bytes
-    num_matched_pages: int
-    matched_tokens: int
-    stop: str  # "limit": all that may match did; "not_cached": the tree ends or differs there
-
-
-@dataclass(frozen=True, slots=True)
-class Published:
-    """`refs` are the canonical pages of the published tokens, all held. Where they differ from the
-    caller's, the caller swaps its block tables and then frees its own duplicate."""
-
-    refs: bytes
-    num_new: int
-    num_duplicates: int
-
-
-@dataclass(slots=True)
-class Counters:
-    """Totals since the start."""
-
-    tokens_asked: int = 0
-    tokens_matched: int = 0
-    evicted_pages: int = 0
-    published_pages: int = 0
-    duplicate_pages: int = 0
+MAX_BEGUN_AT_ONCE = 4096
 
 
 class CacheManager:
@@ -85,6 +57,7 @@ class CacheManager:
     # --- sessions
 
     def open_session(self, session_id: int, name: str, now: float) -> Session:
+        assert session_id not in self.sessions, f"session {session_id} is open"
         session = self.sessions[session_id] = Session(session_id, name, now)
         return session
 
@@ -110,7 +83,10 @@ class CacheManager:
     def begin(self, session: Session, count: int) -> int:
         """Number `count` sequences for their age; returns the first number."""
         self._live(session)
-        self._check_count(count)
+        if not 0 < count <= MAX_BEGUN_AT_ONCE:
+            raise BadRequest(
+                f"a count of {count} sequences: must be from 1 to {MAX_BEGUN_AT_ONCE} at once"
+            )
         if self.draining:
             raise Draining("the daemon is shutting down and begins no more requests")
         return self.queue.begin(session, count)
@@ -188,6 +164,7 @@ class CacheManager:
         own free, and a page in the tree evictable."""
         self._live(session)
         self._check_held(session, refs)
+        gone: list[int] = []
         for ref, span in self.tree.pieces(refs):
             if span is not None:
                 self.tree.release(span, session, now)
@@ -196,7 +173,8 @@ class CacheManager:
             own[ref] -= 1
             if not own[ref]:
                 del own[ref]
-                self._put([ref])
+                gone.append(ref)
+        self._put(gone)
 
     def publish(
         self,
@@ -299,7 +277,7 @@ class CacheManager:
         return refs
 
     def _put(self, refs: list[int]) -> None:
-        self.free_list.put(b"".join([_packed(ref) for ref in refs]))
+        self.free_list.put(array("q", refs).tobytes())
 
     def _check_held(self, session: Session, refs: bytes) -> None:
         """Raise unless the session holds each of the pages, none of which is named twice."""
@@ -330,6 +308,8 @@ class CacheManager:
 
     def _check_after(self, session: Session, namespace: Namespace, after: int) -> None:
         node = self.tree.node_of(after)
+        if after in session.writing or after in session.sealed:
+            raise BadRequest(f"page {page_of(after)} is not in the tree: publish it as well")
         if node is None or session not in node.holders:
             raise self._not_held(session, after)
         if node.namespace != namespace:
@@ -391,7 +371,3 @@ def _runs(indices: list[int]) -> list[tuple[int, int]]:
         else:
             runs.append((i, i + 1))
     return runs
-
-
-def _packed(ref: int) -> bytes:
-    return ref.to_bytes(REF_BYTES, "little", signed=True)

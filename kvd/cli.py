@@ -92,8 +92,10 @@ def _serve(args: argparse.Namespace) -> int:
         return _fail(e, exit_codes.IN_USE)
     except (PoolTooLarge, OSError) as e:
         return _fail(e, exit_codes.RUNTIME_ERROR)
+    except KeyboardInterrupt:
+        return _fail(KeyboardInterrupt("interrupted"), exit_codes.INTERRUPTED)
 
 
-def _fail(error: Exception, code: int) -> int:
+def _fail(error: BaseException, code: int) -> int:
     print(f"kvd: {error}", file=sys.stderr)
     return code

@@ -67,7 +67,7 @@ class Attachment:
 
 
 class Daemon:
-    """Invariants: tokens name live attachments only; an attachment is listed until what it held
+    """Invariants: tokens name listed attachments; an attachment is listed until what it held
     has come back."""
 
     def __init__(self, pools: list[Pool], socket_dir: Path, now: float) -> None:
@@ -150,7 +150,6 @@ class Daemon:
         if attachment.ended:
             return
         attachment.ended = True
-        del self._by_token[attachment.token]
         if attachment.pool and attachment.session:
             attachment.pool.cache.end_session(attachment.session)
 
@@ -159,6 +158,7 @@ class Daemon:
         self.end(attachment)
         if self.attachments.pop(attachment.id, None) is None:
             return
+        del self._by_token[attachment.token]
         if attachment.pool and attachment.session:
             attachment.pool.cache.release_session(attachment.session, now)
 
@@ -170,10 +170,13 @@ class Daemon:
 
     # --- asking
 
-    def attachment(self, token: Any, pid: int) -> Attachment:
-        """Whose token this is. A session is spoken for by its own process only."""
+    def attachment(self, token: Any, pid: int, *, ended_too: bool = False) -> Attachment:
+        """Whose token this is. A session is spoken for by its own process only.
+
+        `ended_too`: for detaching, which a stalled daemon can read after the connection's end.
+        """
         found = self._by_token.get(token) if isinstance(token, bytes) else None
-        if found is None:
+        if found is None or (found.ended and not ended_too):
             raise SessionEnded("no live session has this token: attach again")
         if found.pid != pid:
             raise NotAllowed(
@@ -184,6 +187,6 @@ class Daemon:
         return found
 
     @property
-    def num_running(self) -> int:
+    def num_requests(self) -> int:
         """Sequences that have begun and not ended, of all pools."""
         return sum(sum(pool.cache.queue.counts()) for pool in self.pools.values())

@@ -6,7 +6,7 @@ from array import array
 
 import numpy as np
 
-from kvd_shared.refs import GENERATION, REF_BYTES, page_of, refs_from_bytes
+from kvd_shared.refs import GENERATION, MAX_REF, page_of, refs_from_bytes
 
 
 class FreeList:
@@ -23,10 +23,6 @@ class FreeList:
     def __len__(self) -> int:
         return len(self._stack)
 
-    @property
-    def num_pages(self) -> int:
-        return len(self._current)
-
     def take(self, n: int) -> bytes:
         """References of n pages. The caller has checked that as many are free."""
         if n == 0:
@@ -38,7 +34,7 @@ class FreeList:
 
     def put(self, refs: bytes) -> None:
         """Make pages free and raise their generation. They can be taken again at once."""
-        raised = refs_from_bytes(refs) + GENERATION
+        raised = (refs_from_bytes(refs) + GENERATION) & MAX_REF  # 31 bits of generation, then anew
         self._current[raised & 0xFFFF_FFFF] = raised
         self._stack.frombytes(raised.tobytes())
 
@@ -57,6 +53,3 @@ class FreeList:
         assert len(np.unique(pages)) == len(pages), "a page is on the free list twice"
         assert (self._current[pages] == free).all(), "a free page has a stale generation"
         return free
-
-    def bytes_used(self) -> int:
-        return len(self._stack) * REF_BYTES + self._current.nbytes

@@ -8,6 +8,7 @@ revoked: until then the process may still read and write them.
 from __future__ import annotations
 
 import asyncio
+import errno
 import os
 import socket
 import time
@@ -17,7 +18,7 @@ import msgpack
 import structlog
 
 from kvd.daemon import Attachment, Daemon
-from kvd_shared.errors import KvdError, NotAllowed, TooLarge, error_to_wire
+from kvd_shared.errors import Busy, KvdError, NotAllowed, TooLarge, error_to_wire
 from kvd_shared.lease import LEASE_SOCKET, AttachRequest, accepted, peer_credentials
 from kvd_shared.wire import MAX_ATTACH_BYTES, PROTOCOL_VERSION
 
@@ -100,6 +101,8 @@ class LeaseServer:
             pidfd = os.pidfd_open(pid)
         except OSError as e:
             self._daemon.dead(attachment, time.monotonic())
+            if e.errno in (errno.EMFILE, errno.ENFILE):
+                raise Busy("the daemon has no file descriptor left: attach again later") from e
             raise NotAllowed(f"process {pid} cannot be watched: {e.strerror}") from e
         self._pidfds[attachment.id] = pidfd
         self._loop.add_reader(pidfd, self._died, attachment, connection)
@@ -109,6 +112,8 @@ class LeaseServer:
         log.info("session.attached", session=attachment.id, name=attachment.name,
                  role=attachment.role, pid=pid, uid=uid)  # fmt: skip
         if not self._send(connection, reply, list(pool.memory.fds) if pool else []):
+            # It was not handed the pool, so it has nothing to be fenced from.
+            self._daemon.dead(attachment, time.monotonic())
             self._end(attachment, connection)
 
     def _send(self, connection: socket.socket, reply: bytes, fds: list[int]) -> bool:

@@ -57,10 +57,3 @@ class Node:
     @property
     def protected(self) -> bool:
         return bool(self.holders) or self.protected_children > 0
-
-    def depth_pages(self) -> int:
-        """Pages from the root up to and including this node."""
-        pages, node = 0, self
-        while node.parent is not None:
-            pages, node = pages + node.num_pages, node.parent
-        return pages

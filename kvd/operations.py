@@ -6,15 +6,15 @@ from collections.abc import Callable
 from typing import Any
 
 from kvd.arguments import Arguments
-from kvd.cache import CacheManager, Match
+from kvd.cache import CacheManager
+from kvd.results import Match
 from kvd.session import Session
 from kvd_shared.errors import BadRequest, KvdError, brief, error_to_wire
+from kvd_shared.verbs import MAX_CALLS_A_STEP
 from kvd_shared.wire import Frames
 
 Result = dict[str, Any]  # arrays as bytes; the RPC server puts them into frames
 Operation = Callable[[CacheManager, Session, Arguments, float], Result]
-
-MAX_CALLS_A_STEP = 4096
 
 
 def match(cache: CacheManager, session: Session, args: Arguments, now: float) -> Result:

@@ -66,7 +66,7 @@ def tree(daemon: Daemon, args: Arguments, now: float) -> Result:
                 "parent": None if parent.is_root else parent.id,
                 "pages": node.num_pages,
                 "tokens": node.num_pages * pool.cache.page_size,
-                "first_tokens": [],  # prompts are private
+                # not the tokens: prompts are private
                 "digest": _digest(node.tokens),
                 "holders": len(node.holders),
                 "last_use_s": None if node.protected else now - node.last_use_s,

@@ -46,7 +46,10 @@ class RpcServer:
         self._socket.setsockopt(zmq.MAXMSGSIZE, MAX_FRAME_BYTES)
         self._socket.setsockopt(zmq.ROUTER_MANDATORY, 1)  # a peer that is gone is an error here
         self._path = socket_dir / RPC_SOCKET
-        self._socket.bind(f"ipc://{self._path}")
+        try:
+            self._socket.bind(f"ipc://{self._path}")
+        except zmq.ZMQError as e:
+            raise OSError(e.errno, f"cannot listen on {self._path}: {e.strerror}") from e
         self._path.chmod(0o660)
         self._fd = int(self._socket.getsockopt(zmq.FD))
         loop.add_reader(self._fd, self._turn)
@@ -60,16 +63,18 @@ class RpcServer:
     def _turn(self) -> None:
         if self._socket.closed:  # between this turn and the one before
             return
+        # Also after an error: what is queued makes no new edge on the descriptor.
+        again = self._loop.call_soon(self._turn)
         for _ in range(MESSAGES_A_TURN):
             try:
                 sender = self._socket.recv(zmq.NOBLOCK, copy=False)
             except zmq.Again:
+                again.cancel()
                 return
             frames = self._socket.recv_multipart() if sender.more else []
             route = sender.bytes
             self._send(route, self._answer(route, peer_pid(sender), frames))
             self._pass_on_yields()
-        self._loop.call_soon(self._turn)
 
     def _answer(self, route: bytes, pid: int, frames: list[bytes]) -> list[bytes]:
         seq = 0
@@ -79,7 +84,8 @@ class RpcServer:
                 seq = header["seq"]
             if not seq or header.keys() != _HEADER:
                 raise BadRequest(f"a request's header has exactly {sorted(_HEADER)}, seq from 1")
-            attachment = self._daemon.attachment(header["session"], pid)
+            detaching = header["op"] == "detach"
+            attachment = self._daemon.attachment(header["session"], pid, ended_too=detaching)
             attachment.route = route
             result = perform(
                 self._daemon, attachment, header["op"], header["args"], frames, time.monotonic()

@@ -23,6 +23,7 @@ from kvd.rpc_server import RpcServer
 from kvd_shared.progress import progress_line
 
 DRAIN_POLL_S = 0.05
+TICK_S = 0.5
 
 log = structlog.get_logger()
 
@@ -63,9 +64,11 @@ async def _run(config: KvdConfig, pools: list[Pool]) -> int:
     rpc = RpcServer(daemon, directory, loop)
     leases = LeaseServer(daemon, directory, loop)
     try:
+        ticking = loop.create_task(_tick(daemon))
         log.info("daemon.ready", version=__version__, pid=os.getpid(), socket_dir=str(directory))
         await stop.wait()
         await _drain(daemon, stop, config.daemon.drain_timeout_s)
+        ticking.cancel()
     finally:
         leases.close()
         rpc.close()
@@ -73,14 +76,21 @@ async def _run(config: KvdConfig, pools: list[Pool]) -> int:
     return 0
 
 
+async def _tick(daemon: Daemon) -> None:
+    while True:
+        await asyncio.sleep(TICK_S)
+        for pool in daemon.pools.values():
+            pool.cache.queue.tick(time.monotonic())
+
+
 async def _drain(daemon: Daemon, stop: asyncio.Event, timeout_s: float) -> None:
     """Admit nothing new and let what has begun finish; a second signal ends the wait."""
     stop.clear()
     daemon.drain()
-    log.info("daemon.draining", requests=daemon.num_running, timeout_s=timeout_s)
+    log.info("daemon.draining", requests=daemon.num_requests, timeout_s=timeout_s)
     deadline = time.monotonic() + timeout_s
-    while daemon.num_running and time.monotonic() < deadline and not stop.is_set():
+    while daemon.num_requests and time.monotonic() < deadline and not stop.is_set():
         with suppress(TimeoutError):
             await asyncio.wait_for(stop.wait(), DRAIN_POLL_S)
-    if daemon.num_running:
-        log.warning("daemon.drain_cut_short", requests=daemon.num_running)
+    if daemon.num_requests:
+        log.warning("daemon.drain_cut_short", requests=daemon.num_requests)

@@ -11,8 +11,9 @@ from pathlib import Path
 
 from kvd_shared import exit_codes
 from kvd_shared.errors import KvdError, LayoutMismatch, ProtocolMismatch, UnknownPool
+from kvd_shared.mapping import BadPoolMemory
 from kvd_shared.model_folder import BadModelFolder
-from kvd_shared.socket_dir import default_socket_dir
+from kvd_shared.socket_dir import NoSocketDir, default_socket_dir
 
 EXIT_CODES = f"""\
 exit codes: {exit_codes.OK} ended as asked, {exit_codes.RUNTIME_ERROR} runtime error, \
@@ -29,12 +30,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         code: int = args.run(args)
         return code
-    except BadModelFolder as e:
+    except (BadModelFolder, NoSocketDir) as e:
         return _fail(e, exit_codes.BAD_CONFIG)
-    except (LayoutMismatch, UnknownPool, ProtocolMismatch) as e:
+    except (LayoutMismatch, UnknownPool, ProtocolMismatch, BadPoolMemory) as e:
         return _fail(e, exit_codes.INCOMPATIBLE)
-    except (KvdError, OSError, ValueError) as e:
+    except (KvdError, OSError, UnicodeDecodeError) as e:
         return _fail(e, exit_codes.RUNTIME_ERROR)
+    except KeyboardInterrupt:
+        return _fail(KeyboardInterrupt("interrupted"), exit_codes.INTERRUPTED)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -80,6 +83,7 @@ def _add_serve(parser: argparse.ArgumentParser) -> None:
     add("--max-batch-tokens", type=_positive, default=512, metavar="N", help="computed a step")
     add("--max-seqs", type=_positive, default=32, metavar="N", help="running at once")
     add("--max-queued", type=_positive, default=1024, metavar="N", help="requests that may wait")
+    add("--drain-timeout", type=float, default=30.0, metavar="S", help="after SIGTERM, seconds")
     add("--log-level", default="info", choices=["debug", "info", "warning", "error"])
     add("--log-format", default="auto", choices=["auto", "json", "console"])
     parser.set_defaults(run=_serve)
@@ -126,6 +130,7 @@ def _serve(args: argparse.Namespace) -> int:
             dtype=getattr(torch, args.dtype),
             max_model_len=args.max_model_len,
             max_queued=args.max_queued,
+            drain_timeout_s=args.drain_timeout,
             limits=Limits(max_batch_tokens=args.max_batch_tokens, max_sequences=args.max_seqs),
         )
     )

@@ -14,11 +14,18 @@ from queue import Empty, SimpleQueue
 
 import structlog
 
-from kvd_shared.errors import BadRequest, DaemonUnreachable, Draining, KvdError
+from kvd_shared.errors import (
+    BadRequest,
+    DaemonUnreachable,
+    Draining,
+    KvdError,
+    SessionEnded,
+)
 from kvd_shared.namespace import Namespace
 from modelworker.attachment import Attach, Attachment
 from modelworker.detokenize import IncrementalText
 from modelworker.requests import (
+    BadLogits,
     Delta,
     Emit,
     Failed,
@@ -45,10 +52,11 @@ log = structlog.get_logger()
 class EngineOptions:
     """`max_queued`: requests that wait to be admitted; more are refused."""
 
-    model: str  # fingerprint, for the namespace
+    model: str  # for the namespace: fingerprint, and the dtype that K and V are computed in
     context_len: int
     vocab_size: int  # the model's; a tokenizer may know more ids than the model has rows for
     limits: Limits
+    drain_timeout_s: float = 30.0  # after `stop`, for what was accepted
     max_queued: int = 1024
 
 
@@ -69,6 +77,7 @@ class WorkerEngine:
         self._inbox: deque[tuple[GenerationRequest, Emit]] = deque()
         self._cancelled: set[str] = set()
         self._stopping = False
+        self._stop_by = float("inf")
         self._requests: dict[str, list[Sequence]] = {}  # what is not finished, by request
         self._attached: Attachment | None = None
         self._scheduler: Scheduler | None = None
@@ -100,7 +109,8 @@ class WorkerEngine:
         }
 
     def stop(self) -> None:
-        """Let what was accepted finish, then return from `run`."""
+        """Let what was accepted finish, as far as time allows, then return from `run`."""
+        self._stop_by = time.monotonic() + self._options.drain_timeout_s
         self._stopping = True
         self._wake.put(None)
 
@@ -126,9 +136,12 @@ class WorkerEngine:
                 wanted=prompt + new,
                 limit=min(context, pool),
             )
-        if len(self._inbox) + len(scheduler.waiting) >= self._options.max_queued:
+        waiting = len(scheduler.waiting) + sum(queued.n for queued, _ in self._inbox)
+        if waiting and waiting + request.n > self._options.max_queued:
             raise QueueFull(
-                f"{self._options.max_queued} requests wait already: retry later",
+                f"{waiting} sequences wait already and {request.n} more are asked for; at most "
+                f"{self._options.max_queued} may wait: retry later",
+                waiting=waiting,
                 limit=self._options.max_queued,
             )
 
@@ -138,16 +151,24 @@ class WorkerEngine:
         """Serve until `stop`. Raises only what attaching again cannot mend: a pool that is no
         longer this model's."""
         try:
-            while not self._stopping or self._inbox or self._requests:
+            while not self._stopping or self._has_work():
                 if self._attached is None and not self._reattach():
                     self._wait(REATTACH_WAIT_S)
                     continue
                 try:
                     self._wait(self.step())
                 except KvdError as e:
-                    self._lose_session(e)
-        finally:
-            self._lose_session(Draining("the worker has stopped"))
+                    log.warning("kvd.lost", code=e.code, reason=e.message, exc_info=not e.retryable)
+                    # Whatever it was, it was nothing that the requests asked for.
+                    self._lose_session(SessionEnded(f"the worker lost its session: {e.message}"))
+        except BaseException:
+            self._lose_session(SessionEnded("the worker has failed"))
+            raise
+        self._lose_session(Draining("the worker has stopped"))
+
+    def _has_work(self) -> bool:
+        unfinished = self._inbox or self._requests or len(self._calls)
+        return bool(unfinished) and time.monotonic() < self._stop_by
 
     def _wait(self, seconds: float) -> None:
         with suppress(Empty):
@@ -218,15 +239,22 @@ class WorkerEngine:
     def _compute(self, attached: Attachment, scheduler: Scheduler, chunks: list[Chunk]) -> None:
         """Run the chunks, sample for those that are complete, hand the tokens out."""
         logits = attached.runner.run([chunk.for_runner() for chunk in chunks])
+        complete = [chunk.sequence for chunk in chunks if chunk.is_complete]
+        tokens: dict[Sequence, int | None] = {}
+        if complete:
+            params = [s.request.params for s in complete]
+            sampled = sample(logits, params, [s.generator for s in complete])
+            tokens = dict(zip(complete, sampled, strict=True))
         for chunk in chunks:
+            token = tokens.get(chunk.sequence)
+            if chunk.sequence.finished:  # with a sibling whose logits were bad
+                continue
+            if chunk.sequence in tokens and token is None:
+                self._fail(scheduler, chunk.sequence.request)
+                continue
             scheduler.computed(chunk, self._calls)
-        # complete now, for the chunk counts what was uncomputed before
-        sampled = [chunk.sequence for chunk in chunks if not chunk.sequence.num_uncomputed]
-        if not sampled:
-            return
-        tokens = sample(logits, [s.request.params for s in sampled], [s.generator for s in sampled])
-        for sequence, token in zip(sampled, tokens, strict=True):
-            self._append(scheduler, sequence, token)
+            if token is not None:
+                self._append(scheduler, chunk.sequence, token)
 
     def _append(self, scheduler: Scheduler, sequence: Sequence, token: int) -> None:
         params = sequence.request.params
@@ -243,6 +271,21 @@ class WorkerEngine:
         sequence.emit(Delta(sequence.index, text, (token,)))
         if reason is not None:
             self._finished(scheduler, sequence, reason)
+
+    def _fail(self, scheduler: Scheduler, request: GenerationRequest) -> None:
+        """The model computed nonsense for one sequence: its request fails, others go on."""
+        sequences = self._requests.pop(request.request_id)
+        for sequence in sequences:
+            scheduler.finish(sequence, self._calls)
+        log.error("request.bad_logits", request=request.request_id)
+        sequences[0].emit(
+            Failed(
+                BadLogits(
+                    "the model computed NaN or infinity for this prompt: are its weights whole, "
+                    "and is the pool's kv_dtype wide enough for it?"
+                )
+            )
+        )
 
     def _finished(self, scheduler: Scheduler, sequence: Sequence, reason: FinishReason) -> None:
         scheduler.finish(sequence, self._calls)
@@ -267,7 +310,6 @@ class WorkerEngine:
         return True
 
     def _begin_session(self, attached: Attachment) -> None:
-        self._calls = StepCalls()
         self._scheduler = Scheduler(
             attached.pool.layout.page_size, self._options.limits, self._refused
         )
@@ -279,12 +321,9 @@ class WorkerEngine:
         sequence.emit(Failed(error))
 
     def _lose_session(self, error: KvdError) -> None:
-        """Every request fails with the error, to be retried; the pool is unmapped."""
-        attached, self._attached = self._attached, None
-        if attached is not None:
-            log.warning("kvd.lost", code=error.code, reason=error.message)
-            self._scheduler = None
-            attached.close()
+        """Every request fails with the error, to be retried; then the pool is unmapped."""
+        attached, self._attached, self._scheduler = self._attached, None, None
+        self._calls = StepCalls()
         with self._lock:
             arrived, self._inbox = self._inbox, deque()
             self._cancelled.clear()
@@ -293,3 +332,5 @@ class WorkerEngine:
         self._requests.clear()
         for emit in emits:
             emit(Failed(error))
+        if attached is not None:
+            attached.close()  # after the answers: where the daemon hangs, it takes a second

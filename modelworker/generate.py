@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from kvd_shared.errors import BadRequest
 from kvd_shared.layout import pages_needed
 from modelworker.detokenize import IncrementalText
 from modelworker.model import Model
 from modelworker.pool_view import PoolView
-from modelworker.requests import RequestTooLong, SamplingParams
+from modelworker.requests import BadLogits, RequestTooLong, SamplingParams
 from modelworker.runner import ModelRunner, SequenceChunk
 from modelworker.sampler import new_generator, sample
 from modelworker.tokenizer import Tokenizer
@@ -21,6 +22,8 @@ def generate(
 ) -> Iterator[str]:
     """The text as it comes. Raises RequestTooLong where prompt and max_tokens pass the context."""
     token_ids = tokenizer.encode(prompt)
+    if not token_ids:
+        raise BadRequest("the prompt has no tokens")
     config, total = model.config, len(token_ids) + params.max_tokens
     if total > config.context_length:
         raise RequestTooLong(
@@ -36,9 +39,12 @@ def generate(
     start, new = 0, token_ids
     for _ in range(params.max_tokens):
         logits = runner.run([SequenceChunk(new, start, block_table, wants_logits=True)])
-        start, new = start + len(new), sample(logits, [params], [generator])
-        if new[0] in tokenizer.eos_ids:
+        (token,) = sample(logits, [params], [generator])
+        if token is None:
+            raise BadLogits("the model computed NaN or infinity: are its weights whole?")
+        if token in tokenizer.eos_ids:
             break
+        start, new = start + len(new), [token]
         yield text.push(new)
         if text.stopped:
             return

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
-from kvd_shared.errors import KvdError
+from kvd_shared.errors import BadRequest, KvdError
 
 FinishReason = Literal["stop", "length"]
 
@@ -26,6 +27,19 @@ class SamplingParams:
     seed: int | None = None
     stop: tuple[str, ...] = ()
     ignore_eos: bool = False
+
+    def __post_init__(self) -> None:
+        """Raises BadRequest for a value that means nothing."""
+        ranges = {
+            "max_tokens": (self.max_tokens >= 1, "at least 1"),
+            "temperature": (0 <= self.temperature < math.inf, "at least 0"),
+            "top_p": (0 <= self.top_p <= 1, "from 0 to 1"),
+            "top_k": (self.top_k >= 0, "at least 0"),
+            "stop": (all(self.stop), "no empty string"),
+        }
+        for name, (holds, wanted) in ranges.items():
+            if not holds:
+                raise BadRequest(f"{name} = {getattr(self, name)!r}: must be {wanted}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -81,6 +95,12 @@ class QueueFull(KvdError):
 
     code = "QUEUE_FULL"
     retryable = True
+
+
+class BadLogits(KvdError):
+    """The model computed NaN or infinity: broken weights, or a KV dtype that is too narrow."""
+
+    code = "BAD_LOGITS"
 
 
 class Engine(Protocol):

@@ -6,14 +6,9 @@ from collections.abc import Sequence
 
 import torch
 
-from kvd_shared.errors import KvdError
 from modelworker.requests import SamplingParams
 
-
-class BadLogits(KvdError):
-    """The model computed NaN: broken weights, or a page read before it was written."""
-
-    code = "BAD_LOGITS"
+GREEDY_BELOW = 1e-5  # a temperature; dividing by less overflows float32
 
 
 def new_generator(seed: int | None, index: int = 0) -> torch.Generator:
@@ -31,18 +26,19 @@ def new_generator(seed: int | None, index: int = 0) -> torch.Generator:
 
 def sample(
     logits: torch.Tensor, params: Sequence[SamplingParams], generators: Sequence[torch.Generator]
-) -> list[int]:
+) -> list[int | None]:
     """One token id per row of logits [B, vocab]; row b by params[b], drawing from generators[b].
 
     A row's token depends on its own logits, params and generator alone; a greedy row draws
-    nothing. Raises BadLogits when a row holds NaN.
+    nothing. None where a row holds NaN or infinity: its model computed nonsense.
     """
     best, ids = logits.max(dim=-1)  # NaN is the greatest to max, so it cannot hide
-    if best.isnan().any():
-        raise BadLogits(f"logits of row {int(best.isnan().int().argmax())} hold NaN")
-    tokens: list[int] = ids.tolist()
+    sound: list[bool] = best.isfinite().tolist()
+    tokens: list[int | None] = list(ids.tolist())
     for b, (row_params, generator) in enumerate(zip(params, generators, strict=True)):
-        if row_params.temperature > 0:
+        if not sound[b]:
+            tokens[b] = None
+        elif row_params.temperature >= GREEDY_BELOW:
             tokens[b] = _draw(logits[b], row_params, generator)
     return tokens
 

@@ -22,7 +22,7 @@ from kvd_shared.errors import KvdError, NoPages
 from kvd_shared.refs import PageRefs, page_ids
 from kvd_shared.verbs import MatchResult, PublishResult
 from modelworker.runner import SequenceChunk
-from modelworker.sequence import Sequence
+from modelworker.sequence import NEVER, Sequence
 from modelworker.step_calls import StepCalls
 
 CANDIDATES = 16  # the oldest of the waiting: among them the longest cached prefix goes first
@@ -46,6 +46,11 @@ class Chunk:
     sequence: Sequence
     num_tokens: int
 
+    @property
+    def is_complete(self) -> bool:
+        """Its last token is the sequence's newest: the logits give the next one."""
+        return self.num_tokens == self.sequence.num_uncomputed
+
     def for_runner(self) -> SequenceChunk:
         """The chunk as the model computes it; its last token's logits give the next token."""
         s = self.sequence
@@ -53,7 +58,7 @@ class Chunk:
             s.token_ids[s.num_computed : s.num_computed + self.num_tokens],
             s.num_computed,
             page_ids(np.array(s.refs, dtype=np.int64)),
-            self.num_tokens == s.num_uncomputed,
+            self.is_complete,
         )
 
 
@@ -141,8 +146,10 @@ class Scheduler:
         if room <= 0 or tokens <= 0:
             return
         candidates = heapq.nsmallest(CANDIDATES, (s for s in self.waiting if s.may_start), key=_age)
-        if self._probe(candidates, calls, now):
-            return  # the next step knows what they would find
+        if len(candidates) > 1:
+            known = [s for s in candidates if s.probed_s > NEVER or not s.request.use_cache]
+            self._probe(candidates, calls, now)
+            candidates = known  # the others' turn is in the next step, which knows what they find
         for sequence in sorted(candidates, key=lambda s: self._turn(s, now))[:room]:
             if tokens <= 0:
                 return
@@ -160,10 +167,8 @@ class Scheduler:
             return 0, 0, sequence.number
         return 1, -sequence.probed_tokens, sequence.number
 
-    def _probe(self, candidates: list[Sequence], calls: StepCalls, now: float) -> bool:
-        """Ask what the cache has for each, where they have a choice and it is not known."""
-        if len(candidates) < 2:
-            return False
+    def _probe(self, candidates: list[Sequence], calls: StepCalls, now: float) -> None:
+        """Ask what the cache has for each, where it is not known or known too long."""
         stale = [s for s in candidates if s.request.use_cache and now - s.probed_s > PROBE_AGAIN_S]
         for sequence in stale:
             sequence.probed_s = now
@@ -172,7 +177,6 @@ class Scheduler:
                 sequence.probed_tokens = tokens
 
             calls.add(verbs.probe(sequence.namespace, sequence.token_ids), found)
-        return bool(stale)
 
     def _acquire(self, sequence: Sequence, calls: StepCalls) -> None:
         def admitted(found: MatchResult | KvdError) -> None:

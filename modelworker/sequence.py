@@ -9,6 +9,8 @@ from kvd_shared.namespace import Namespace
 from modelworker.detokenize import IncrementalText
 from modelworker.requests import Emit, GenerationRequest
 
+NEVER = float("-inf")  # a time
+
 
 class Sequence:
     """Tokens, and the pages that hold their K and V.
@@ -49,7 +51,7 @@ class Sequence:
         self.cached_tokens: int | None = None  # found at the first admission
         self.refused = False  # when it last asked to be admitted: kvd keeps pages for it now
         self.probed_tokens = 0  # what the cache would give, when it was last asked
-        self.probed_s = float("-inf")
+        self.probed_s = NEVER
 
     @property
     def num_tokens(self) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import signal
 import sys
-import threading
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,14 +13,14 @@ import structlog
 import torch
 
 from kvd_shared.errors import KvdError
-from kvd_shared.model_folder import model_fingerprint
+from kvd_shared.model_folder import BadModelFolder, model_fingerprint, weight_files
 from kvd_shared.progress import progress_line
 from modelworker.attachment import Attach, Attachment, attach
 from modelworker.engine import EngineOptions, WorkerEngine
 from modelworker.http.app import create_app
 from modelworker.http.server import serve as serve_http
 from modelworker.http.service import ServedModel
-from modelworker.model import load_model
+from modelworker.model import Model, load_model
 from modelworker.scheduler import Limits
 from modelworker.tokenizer import Tokenizer
 
@@ -44,24 +44,22 @@ class ServeOptions:
     dtype: torch.dtype
     max_model_len: int | None
     max_queued: int
+    drain_timeout_s: float
     limits: Limits
 
 
 def serve(options: ServeOptions) -> None:
     """Runs until SIGTERM or SIGINT, then finishes what was accepted. Raises KvdError where
     starting or attaching cannot succeed."""
-    with progress_line(sys.stderr, "digest of the weights") as progress:
-        fingerprint = model_fingerprint(options.model, progress)
-    with progress_line(sys.stderr, "loading the weights") as progress:
-        model = load_model(options.model, options.dtype, progress=progress)
+    model, fingerprint = _load(options.model, options.dtype)
     tokenizer = Tokenizer.from_folder(options.model)
 
     def attach_now() -> Attachment:
         return attach(options.socket_dir, options.name, model, fingerprint, options.pool)
 
-    stopped = threading.Event()
-    _on_signals(stopped.set)
-    first = _until_attached(attach_now, stopped)
+    asked_to_stop: list[int] = []
+    _on_signals(lambda: asked_to_stop.append(1))
+    first = _until_attached(attach_now, asked_to_stop)
     if first is None:
         return
     context_len = min(options.max_model_len or sys.maxsize, model.config.context_length)
@@ -69,11 +67,12 @@ def serve(options: ServeOptions) -> None:
         attach_now,
         tokenizer,
         EngineOptions(
-            model=fingerprint,
+            model=f"{fingerprint} {str(options.dtype).removeprefix('torch.')}",
             context_len=context_len,
             vocab_size=model.config.vocab_size,
             limits=options.limits,
             max_queued=options.max_queued,
+            drain_timeout_s=options.drain_timeout_s,
         ),
         first,
     )
@@ -94,7 +93,7 @@ def serve(options: ServeOptions) -> None:
         http.stop()
 
     _on_signals(stop)
-    if stopped.is_set():  # asked while we were attaching
+    if asked_to_stop:  # while we were attaching
         stop()
     try:
         engine.run()
@@ -104,10 +103,22 @@ def serve(options: ServeOptions) -> None:
         log.info("worker.stopped", name=options.name)
 
 
-def _until_attached(attach_now: Attach, stopped: threading.Event) -> Attachment | None:
+def _load(folder: Path, dtype: torch.dtype) -> tuple[Model, str]:
+    """The model and its fingerprint, of one and the same state of the folder."""
+    before = [file.stat().st_mtime_ns for file in weight_files(folder)]
+    with progress_line(sys.stderr, "digest of the weights") as progress:
+        fingerprint = model_fingerprint(folder, progress)
+    with progress_line(sys.stderr, "loading the weights") as progress:
+        model = load_model(folder, dtype, progress=progress)
+    if before != [file.stat().st_mtime_ns for file in weight_files(folder)]:
+        raise BadModelFolder(f"{folder}: a weight file was changed while it was read; start again")
+    return model, fingerprint
+
+
+def _until_attached(attach_now: Attach, asked_to_stop: list[int]) -> Attachment | None:
     """Wait for the daemon, which may start after its workers. None when told to stop."""
     told = False
-    while not stopped.is_set():
+    while not asked_to_stop:
         try:
             return attach_now()
         except KvdError as e:
@@ -116,7 +127,7 @@ def _until_attached(attach_now: Attach, stopped: threading.Event) -> Attachment 
             if not told:
                 log.warning("kvd.awaited", reason=e.message)
                 told = True
-            stopped.wait(ATTACH_RETRY_S)
+            time.sleep(ATTACH_RETRY_S)
     return None
 
 

@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 
 from kvd_shared import verbs
 from kvd_shared.errors import KvdError
-from kvd_shared.verbs import Call
+from kvd_shared.verbs import MAX_CALLS_A_STEP, Call
 
 T = TypeVar("T")
 Perform = Callable[[Call[list[Any]]], list[Any]]
@@ -35,14 +35,17 @@ class StepCalls:
         self._calls.append((call, then, True))
 
     def make(self, perform: Perform) -> None:
-        """Make all calls in one step and hand out the answers in order. Calls that an answer adds
-        wait for the next time. Raises the first error of a call that had to succeed, after the
-        others were handed out."""
+        """Make all calls in one step (or several, if one cannot take them) and hand out the answers
+        in order. Calls that an answer adds wait for the next time. Raises the first error of a
+        call that had to succeed, after the others were handed out."""
         calls, self._calls = self._calls, []
         if not calls:
             return
         failed: KvdError | None = None
-        answers = perform(verbs.step([call for call, _, _ in calls]))
+        answers: list[Any] = []
+        for start in range(0, len(calls), MAX_CALLS_A_STEP):
+            batch = calls[start : start + MAX_CALLS_A_STEP]
+            answers += perform(verbs.step([call for call, _, _ in batch]))
         for (_, then, may_fail), answer in zip(calls, answers, strict=True):
             if isinstance(answer, KvdError) and not may_fail:
                 failed = failed or answer

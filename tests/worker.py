@@ -51,7 +51,7 @@ class RunningWorker:
         self.pid = pid
         self.log_file = log_file
         self.process = process
-        self._pidfd = os.pidfd_open(pid)
+        self.pidfd = os.pidfd_open(pid)
 
     @cached_property
     def url(self) -> str:
@@ -67,34 +67,37 @@ class RunningWorker:
     def ended(self, timeout_s: float = 0.0) -> bool:
         """Whether the process has ended, after waiting for that a while."""
         poll = select.poll()  # select.select takes no fd over 1023
-        poll.register(self._pidfd, select.POLLIN)
+        poll.register(self.pidfd, select.POLLIN)
         return bool(poll.poll(timeout_s * 1000))
 
     def kill(self) -> None:
         """SIGKILL. Nothing if it has ended already."""
         self.killed = True
         with suppress(ProcessLookupError):
-            signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
+            signal.pidfd_send_signal(self.pidfd, signal.SIGKILL)
         assert self.ended(STOP_TIMEOUT_S)
 
-    def stop(self) -> int | None:
-        """SIGTERM; returns the exit code, if it is known."""
+    def stop(self) -> int:
+        """SIGTERM; returns the exit code."""
         with suppress(ProcessLookupError):
-            signal.pidfd_send_signal(self._pidfd, signal.SIGTERM)
+            signal.pidfd_send_signal(self.pidfd, signal.SIGTERM)
         return self.wait()
 
-    def wait(self, timeout_s: float = STOP_TIMEOUT_S) -> int | None:
-        """The exit code, if it is known, once the process has ended."""
+    def wait(self, timeout_s: float = STOP_TIMEOUT_S) -> int:
+        """The exit code, once the process has ended by itself."""
         assert self.ended(timeout_s), f"still running after {timeout_s} s:\n{self.text()}"
-        return self.process.wait() if self.process is not None else None
+        if self.process is not None:
+            return self.process.wait()
+        code: int = self.logs("nursery.exit")[0]["code"]  # a forked one leaves a note
+        return code
 
     def close(self) -> None:
         """Idempotent; nothing else may be called after it."""
-        if self._pidfd < 0:
+        if self.pidfd < 0:
             return
         self.kill()
-        os.close(self._pidfd)
-        self._pidfd = -1
+        os.close(self.pidfd)
+        self.pidfd = -1
         if self.process is not None:
             self.process.wait()
 
@@ -160,10 +163,17 @@ class WorkerNursery:
         self._tmp_path = tmp_path
         self._workers: list[RunningWorker] = []
 
-    def start(self, daemon: RunningDaemon, *options: str, name: str = "worker") -> RunningWorker:
-        """A worker of the daemon, not yet ready; the nursery closes it."""
+    def start(
+        self,
+        daemon: RunningDaemon,
+        *options: str,
+        name: str = "worker",
+        folder: Path | None = None,
+    ) -> RunningWorker:
+        """A worker of the daemon, not yet ready; the nursery closes it. Another `folder` than the
+        nursery's may be given."""
         log_file = self._tmp_path / f"{name}-{len(self._workers)}.log"
-        arguments = serve_arguments(daemon.socket_dir, self._folder, name, *options)
+        arguments = serve_arguments(daemon.socket_dir, folder or self._folder, name, *options)
         assert self._process.stdin is not None and self._process.stdout is not None
         self._process.stdin.write(json.dumps([arguments, str(log_file)]).encode() + b"\n")
         self._process.stdin.flush()
@@ -182,7 +192,7 @@ class WorkerNursery:
 
 @contextmanager
 def worker_nursery(folder: Path, tmp_path: Path) -> Iterator[WorkerNursery]:
-    """For workers of one model folder; those still running are killed on leaving."""
+    """For workers of a model folder; those still running are killed on leaving."""
     process = subprocess.Popen(
         [sys.executable, "-c", _NURSERY],
         stdin=subprocess.PIPE,
@@ -228,6 +238,7 @@ def _grow_up(arguments: list[str], log_file: str) -> None:
     except BaseException:
         traceback.print_exc()
     finally:
+        print(json.dumps({"event": "nursery.exit", "code": code}))
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)

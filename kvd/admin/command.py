@@ -26,7 +26,7 @@ EXIT_CODES = f"""\
 exit codes: {exit_codes.OK} ok, {exit_codes.RUNTIME_ERROR} runtime error, \
 {exit_codes.USAGE} usage, {exit_codes.UNREACHABLE} daemon unreachable, \
 {exit_codes.NOT_FOUND} not found, {exit_codes.TIMEOUT} timeout, \
-{exit_codes.INCOMPATIBLE} another protocol version
+{exit_codes.INCOMPATIBLE} another protocol version, {exit_codes.BAD_CONFIG} no socket folder known
 """
 
 
@@ -93,12 +93,12 @@ def _ask(verb: Verb, args: argparse.Namespace) -> tuple[int, Reply | None]:
         ProtocolMismatch,
         UnknownPool,
     )
-    from kvd_shared.socket_dir import default_socket_dir
+    from kvd_shared.socket_dir import NoSocketDir, default_socket_dir
 
     try:
         directory = args.socket_dir or default_socket_dir(os.environ)
-    except ValueError as e:
-        return _fail(e, exit_codes.USAGE), None
+    except NoSocketDir as e:
+        return _fail(e, exit_codes.BAD_CONFIG), None
     try:
         with KvdClient.attach(
             directory, name="kvdctl", role="admin", timeout_s=args.timeout

@@ -4,7 +4,7 @@ Message   {"op": "tree", "args": {"pool": nil, "max_nodes": 1000}}
 Reply     {"pool": "default", "page_size": 16, "truncated": false, "namespaces": [{
            "model": "9c1e…", "weights_version": 0, "adapter": hex, "salt": hex, "nodes": [
            {"id": 7, "parent": nil, "pages": 26, "tokens": 416, "digest": "a1b2…",
-            "first_tokens": [], "holders": 2, "last_use_s": nil (held) or seconds ago}]}]}
+            "holders": 2, "last_use_s": nil (held) or seconds ago}]}]}
           Prompts are private: a digest names a node's tokens.
 Command   kvdctl tree [--pool NAME] [--depth 3] [--sort use|pages] [--max-nodes 1000] [-o json]
 """

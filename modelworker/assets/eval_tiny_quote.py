@@ -18,6 +18,7 @@ import argparse
 import pathlib
 import random
 import re
+from typing import Any
 
 import torch
 from transformers import AutoTokenizer, LlamaForCausalLM
@@ -25,7 +26,7 @@ from transformers import AutoTokenizer, LlamaForCausalLM
 Trial = tuple[list[int], list[int]]  # prompt, answer
 
 
-def anywhere(tok, texts: list[str], length: int, cue: int, pick: random.Random) -> Trial:
+def anywhere(tok: Any, texts: list[str], length: int, cue: int, pick: random.Random) -> Trial:
     quote = tok.convert_tokens_to_ids("<|quote|>")
     ids = tok(pick.choice(texts)).input_ids
     while True:
@@ -36,7 +37,7 @@ def anywhere(tok, texts: list[str], length: int, cue: int, pick: random.Random) 
             return [*doc, quote, *first], doc[at + cue : at + cue + 20]
 
 
-def sentence(tok, texts: list[str], length: int, pick: random.Random) -> Trial:
+def sentence(tok: Any, texts: list[str], length: int, pick: random.Random) -> Trial:
     while True:
         parts = re.split(r"(?<=[.!?])\s+(?=[A-Z\"])", pick.choice(texts))
         start, words = pick.randrange(len(parts)), 0
@@ -86,7 +87,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    tok, model = AutoTokenizer.from_pretrained(args.folder), None
+    tok: Any = AutoTokenizer.from_pretrained(args.folder)
     model = LlamaForCausalLM.from_pretrained(args.folder, dtype=torch.float32)
     for text in args.texts:
         kind, files = text.split("=")
@@ -94,7 +95,7 @@ def main() -> None:
         for length in args.lengths:
             pick = random.Random(length)
             long = [t for t in texts if len(tok(t).input_ids) >= length]
-            ways = {
+            ways: dict[str, Any] = {
                 "cue 8": lambda n, t, p: anywhere(tok, t, n, 8, p),
                 "cue 5": lambda n, t, p: anywhere(tok, t, n, 5, p),
                 "sentence": lambda n, t, p: sentence(tok, t, n, p),

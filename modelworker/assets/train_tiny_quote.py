@@ -69,8 +69,8 @@ class Data:
         self.tok.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
         self.tok.decoder = decoders.ByteLevel()
         every, special = sorted(pre_tokenizers.ByteLevel.alphabet()), ["<|end|>", "<|quote|>"]
-        sizes = {"vocab_size": VOCAB, "special_tokens": special, "initial_alphabet": every}
-        self.tok.train_from_iterator(docs, trainers.BpeTrainer(show_progress=False, **sizes))
+        bpe = trainers.BpeTrainer(vocab_size=VOCAB, special_tokens=special, initial_alphabet=every)
+        self.tok.train_from_iterator(docs, bpe)
         words = sorted({w for d in docs for w in re.findall(r"[a-z]{2,12}", d)})
         made = [self.sentences(words) for _ in range(800)]
         encoded = (self.tok.encode_batch(texts) for texts in (docs, sources[:250], made))

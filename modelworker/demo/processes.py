@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -26,10 +27,12 @@ class Process:
         self.name = name
         self._log = log_dir / f"{name}-{time.monotonic_ns()}.log"
         command = [sys.executable, "-m", module, *args, "--log-format", "json"]
+        command += ["--log-level", "info"]
+        env = {k: v for k, v in os.environ.items() if not k.startswith("KVD_")}
         with self._log.open("wb") as out:
             # Its own process group: Ctrl-C reaches the demo alone, which then stops it in order.
             self._child = subprocess.Popen(
-                command, stdout=out, stderr=subprocess.STDOUT, process_group=0
+                command, stdout=out, stderr=subprocess.STDOUT, process_group=0, env=env
             )
 
     @property

@@ -30,6 +30,7 @@ PARALLEL = 4
 ROOM = 320  # tokens for a cue and what follows it
 LONG_ANSWER = 280  # tokens: time enough to look at the pages meanwhile
 SHARED_WITHIN_S = 10.0
+SETTLED_WITHIN_S = 2.0
 
 
 def run_demo(model: Path, document: Path) -> None:
@@ -136,6 +137,10 @@ class Story:
         self._verdicts.check(same == total, f"{same} of {total} answers are the same uncached")
 
     def _nothing_left(self) -> None:
+        # A worker gives pages back with its next step, a moment after it has answered.
+        deadline = time.monotonic() + SETTLED_WITHIN_S
+        while self._counts()["counts"]["active"] and time.monotonic() < deadline:
+            time.sleep(0.01)
         pool, counts = self._counts(), self._counts()["counts"]
         with self._admin() as admin:
             audit = admin.call(verbs.audit())

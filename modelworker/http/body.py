@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any, NoReturn
 
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 
 from kvd_shared.errors import BadRequest
 from modelworker.http.errors import BodyTooLarge, NotJsonContent
@@ -17,10 +17,13 @@ async def read_json_object(request: Request, max_bytes: int) -> dict[str, Any]:
     if content_type.partition(";")[0].strip().lower() != "application/json":
         raise NotJsonContent(f"content-type is {content_type!r}, but must be application/json")
     body = bytearray()
-    async for part in request.stream():
-        body += part
-        if len(body) > max_bytes:
-            raise BodyTooLarge(f"the body is larger than the limit of {max_bytes} bytes")
+    try:
+        async for part in request.stream():
+            body += part
+            if len(body) > max_bytes:
+                raise BodyTooLarge(f"the body is larger than the limit of {max_bytes} bytes")
+    except ClientDisconnect:
+        raise BadRequest("the client left before the body was complete") from None
     try:
         text = body.decode()
         value = json.loads(text, parse_constant=_refuse_constant)

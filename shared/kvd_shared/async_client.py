@@ -75,8 +75,9 @@ class AsyncKvdClient:
         seq, frames = self._codec.request(call)
         answer = self._waiting[seq] = self._loop.create_future()
         try:
-            await self._socket.send_multipart(frames)
-            reply = await asyncio.wait_for(answer, timeout_s)
+            async with asyncio.timeout(timeout_s):
+                await self._socket.send_multipart(frames)
+                reply = await answer
         except TimeoutError as e:
             raise DaemonTimeout(
                 f"the daemon at {self._socket_dir} did not answer {call.op} within {timeout_s} s"
@@ -112,7 +113,12 @@ class AsyncKvdClient:
 
     async def _receive(self) -> None:
         while True:
-            incoming = self._codec.incoming(await self._socket.recv_multipart())
+            frames = await self._socket.recv_multipart()
+            try:
+                incoming = self._codec.incoming(frames)
+            except KvdError as e:  # a daemon of another release: nobody gets an answer
+                self._fail_all(e)
+                continue
             if isinstance(incoming, Notice):
                 self.notices.put_nowait(incoming)
                 continue
@@ -124,9 +130,12 @@ class AsyncKvdClient:
         if connection_open(self._connection):
             return
         self._loop.remove_reader(self._connection)
+        self._fail_all(self._gone("a call"))
+
+    def _fail_all(self, error: KvdError) -> None:
         for answer in self._waiting.values():
             if not answer.done():
-                answer.set_exception(self._gone("a call"))
+                answer.set_exception(error)
 
     def _gone(self, op: str) -> DaemonUnreachable:
         return DaemonUnreachable(f"the daemon at {self._socket_dir} went away during {op}")

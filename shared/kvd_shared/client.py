@@ -156,6 +156,9 @@ def map_pool(attached: Attached) -> PoolMapping | None:
             return None
         total = attached.pool.num_pages * attached.pool.layout.page_bytes
         return PoolMapping.attach(attached.fds, attached.pool.chunk_bytes, total)
+    except BaseException:
+        attached.connection.close()
+        raise
     finally:
         for fd in attached.fds:
             os.close(fd)

@@ -94,6 +94,13 @@ class Draining(KvdError):
     retryable = True
 
 
+class Busy(KvdError):
+    """The daemon lacks something for this just now."""
+
+    code = "BUSY"
+    retryable = True
+
+
 class DaemonUnreachable(KvdError):
     """No daemon answers on the sockets: not started, gone, or not permitted."""
 

@@ -20,7 +20,6 @@ from kvd_shared.errors import (
     BadRequest,
     DaemonTimeout,
     DaemonUnreachable,
-    KvdError,
     TooLarge,
     brief,
     error_from_wire,
@@ -126,6 +125,7 @@ def attach(socket_dir: Path, request: AttachRequest, timeout_s: float) -> Attach
     """Connect and attach. Raises DaemonUnreachable, or the error that the daemon answers."""
     path = socket_dir / LEASE_SOCKET
     connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_CLOEXEC)
+    fds: list[int] = []
     try:
         connection.settimeout(timeout_s)
         connection.connect(os.fspath(path))
@@ -133,25 +133,33 @@ def attach(socket_dir: Path, request: AttachRequest, timeout_s: float) -> Attach
         raw, fds, flags, _ = socket.recv_fds(
             connection, MAX_ATTACH_BYTES, MAX_FDS, socket.MSG_CMSG_CLOEXEC
         )
-        if not raw:
-            raise DaemonUnreachable(f"the daemon at {path} closed the connection unanswered")
-        if flags & (socket.MSG_TRUNC | socket.MSG_CTRUNC):
-            raise TooLarge(f"the daemon's answer is over {MAX_ATTACH_BYTES} bytes or {MAX_FDS} fds")
-        reply = read_map(raw)
-        if "error" in reply:
-            raise error_from_wire(reply["error"])
-        pool = reply["pool"]
-        offer = PoolOffer.from_wire(pool) if pool is not None else None
-        return Attached(connection, reply["session"], reply["token"], offer, list(fds))
-    except TimeoutError as e:
+        return _read_answer(path, connection, raw, list(fds), flags)
+    except BaseException as e:
         connection.close()
-        raise DaemonTimeout(f"the daemon at {path} did not answer within {timeout_s} s") from e
-    except OSError as e:
-        connection.close()
-        raise DaemonUnreachable(f"no daemon answers at {path}: {e.strerror or e}") from e
-    except KvdError:
-        connection.close()
+        for fd in fds:
+            os.close(fd)
+        if isinstance(e, TimeoutError):
+            raise DaemonTimeout(f"the daemon at {path} did not answer within {timeout_s} s") from e
+        if isinstance(e, OSError):
+            raise DaemonUnreachable(f"no daemon answers at {path}: {e.strerror or e}") from e
         raise
+
+
+def _read_answer(
+    path: Path, connection: socket.socket, raw: bytes, fds: list[int], flags: int
+) -> Attached:
+    if not raw:
+        raise DaemonUnreachable(f"the daemon at {path} closed the connection unanswered")
+    if flags & (socket.MSG_TRUNC | socket.MSG_CTRUNC):
+        raise TooLarge(f"the daemon's answer is over {MAX_ATTACH_BYTES} bytes or {MAX_FDS} fds")
+    reply = read_map(raw)
+    if "error" in reply:
+        raise error_from_wire(reply["error"])
+    try:
+        offer = PoolOffer.from_wire(reply["pool"]) if reply["pool"] is not None else None
+        return Attached(connection, reply["session"], reply["token"], offer, fds)
+    except (KeyError, TypeError) as e:
+        raise BadRequest(f"the daemon's answer at {path} is not that of an attach: {e}") from e
 
 
 def accepted(session: int, token: bytes, pool: PoolOffer | None) -> bytes:

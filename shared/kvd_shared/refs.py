@@ -15,6 +15,7 @@ TokenIds = npt.NDArray[np.int32]
 
 REF_BYTES = 8
 TOKEN_BYTES = 4
+MAX_REF = (1 << 63) - 1
 GENERATION = 1 << 32  # adding it to a reference gives the same page's next generation
 
 

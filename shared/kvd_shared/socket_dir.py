@@ -11,10 +11,14 @@ MAX_SOCKET_PATH_BYTES = 107  # sun_path has 108, one of them for the final zero
 _LONGEST_NAME = "lease.sock"  # of the files that the daemon makes in there
 
 
+class NoSocketDir(ValueError):
+    """Nothing says where the sockets are."""
+
+
 def default_socket_dir(env: Mapping[str, str], uid: int | None = None) -> Path:
     """`$KVD_SOCKET_DIR`, else `/run/kvd` for root and `$XDG_RUNTIME_DIR/kvd` for others.
 
-    Raises ValueError when nothing of that is known: a guess like /tmp could be anybody's.
+    Raises NoSocketDir when nothing of that is known: a guess like /tmp could be anybody's.
     """
     if env.get(SOCKET_DIR_VARIABLE):
         return Path(env[SOCKET_DIR_VARIABLE])
@@ -22,7 +26,7 @@ def default_socket_dir(env: Mapping[str, str], uid: int | None = None) -> Path:
         return Path("/run/kvd")
     if env.get("XDG_RUNTIME_DIR"):
         return Path(env["XDG_RUNTIME_DIR"]) / "kvd"
-    raise ValueError(
+    raise NoSocketDir(
         f"no place for the sockets: neither {SOCKET_DIR_VARIABLE} nor XDG_RUNTIME_DIR is set"
     )
 

@@ -19,6 +19,7 @@ from kvd_shared.refs import REF_BYTES, PageRefs, TokenIds, refs_from_bytes
 from kvd_shared.wire import Frames, FrameWriter, read_array
 
 T = TypeVar("T")
+MAX_CALLS_A_STEP = 4096
 Result = dict[str, Any]
 
 

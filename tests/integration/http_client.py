@@ -39,9 +39,10 @@ class Client:
         self._connection = http.client.HTTPConnection(parts.hostname, parts.port, timeout=timeout_s)
 
     def complete(self, prompt: tuple[int, ...], max_tokens: int, **options: Any) -> Answer:
-        """The whole answer. Greedy, unless the options say otherwise."""
-        answer = json.load(self._post(_body(prompt, max_tokens, options)))
-        (choice,) = answer["choices"]
+        """The first choice of the whole answer. Greedy, unless the options say otherwise."""
+        self.send(prompt, max_tokens, **options)
+        answer = json.load(self._response())
+        choice = answer["choices"][0]
         cached = answer["usage"]["prompt_tokens_details"]["cached_tokens"]
         return Answer(choice["text"], choice["finish_reason"], cached)
 
@@ -49,7 +50,8 @@ class Client:
         """The pieces as they come; closing the iterator early hangs up."""
         whole = False
         try:
-            for event in _events(self._post(_body(prompt, max_tokens, options, stream=True))):
+            self.send(prompt, max_tokens, stream=True, **options)
+            for event in _events(self._response()):
                 if "error" in event:
                     raise Refused(200, event["error"])
                 yield event["choices"][0]["text"]
@@ -73,21 +75,21 @@ class Client:
     def close(self) -> None:
         self._connection.close()
 
-    def _post(self, body: dict[str, Any]) -> http.client.HTTPResponse:
+    def send(self, prompt: tuple[int, ...], max_tokens: int, **options: Any) -> None:
+        """Ask, without waiting for anything."""
+        asked = {"model": "tiny", "prompt": prompt, "max_tokens": max_tokens, "temperature": 0}
         self._connection.request(
-            "POST", "/v1/completions", json.dumps(body), {"content-type": "application/json"}
+            "POST",
+            "/v1/completions",
+            json.dumps(asked | options),
+            {"content-type": "application/json"},
         )
+
+    def _response(self) -> http.client.HTTPResponse:
         response = self._connection.getresponse()
         if response.status != 200:
             raise Refused(response.status, json.load(response)["error"])
         return response
-
-
-def _body(
-    prompt: tuple[int, ...], max_tokens: int, options: dict[str, Any], **more: Any
-) -> dict[str, Any]:
-    asked = {"model": "tiny", "prompt": list(prompt), "max_tokens": max_tokens, "temperature": 0}
-    return asked | options | more
 
 
 def _events(response: http.client.HTTPResponse) -> Iterator[dict[str, Any]]:

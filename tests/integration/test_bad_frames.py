@@ -459,7 +459,8 @@ def test_page_references_that_are_none_are_refused(scene: Scene) -> None:
         ("publish", other | {"refs": scene.held[2]}, "BAD_REQUEST", "refs names raw frame 2"),
     ]
     for after, code, message in [
-        (own, "NOT_HELD", "does not hold that page"),
+        (own, "BAD_REQUEST", "is not in the tree: publish it as well"),
+        (63, "NOT_HELD", "does not hold that page"),
         (-1, "BAD_REQUEST", "after = -1 is no page reference"),
         (2**63, "BAD_REQUEST", "is no page reference"),
         (1.5, "BAD_REQUEST", "after = 1.5 must be a whole number or nil"),

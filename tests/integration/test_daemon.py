@@ -276,11 +276,15 @@ def test_nothing_is_answered_behind_the_end_of_the_lease(daemon: RunningDaemon) 
         worker._connection.shutdown(2)
         eventually(lambda: daemon.sessions()["half"]["state"] == "quarantined")
         worker._poller.unregister(worker._connection.fileno())
-        calls = [verbs.free(held), verbs.allocate(1), verbs.begin(), verbs.detach()]
+        calls = [verbs.free(held), verbs.allocate(1), verbs.begin()]
         for call in cast("list[Call[Any]]", calls):
             with pytest.raises(SessionEnded, match="attach again"):
                 worker.call(call)
         assert daemon.counts()["quarantined"] == 3
+        # But that it has let go is heard: a daemon that stalled reads the two in this order.
+        worker.call(verbs.detach())
+        assert daemon.counts()["free"] == 64
+        assert daemon.sessions() == {}
     daemon.check()
 
 
@@ -323,7 +327,8 @@ def test_two_workers_that_need_more_than_there_is_both_finish(daemon: RunningDae
         for worker in both.values():
             worker.end()
     assert yields[1] == 0
-    assert len(daemon.logs("request.asked_to_yield")) == yields[2]
+    asked = {line["request"] for line in daemon.logs("request.asked_to_yield")}
+    assert asked == ({2} if yields[2] else set())
     assert daemon.counts()["free"] == 64
     daemon.check()
 

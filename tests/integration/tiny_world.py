@@ -32,15 +32,15 @@ def tokenizer() -> tokenizers.Tokenizer:
     return made
 
 
-def make_folder(folder: Path, **changes: object) -> Path:
+def make_folder(folder: Path, *, shards: bool = False) -> Path:
     """The model folder. Greedy answers are printable, so text and tokens tell the same."""
     made = tokenizer()
     made.save(str(folder / "tokenizer.json"))
-    model = tiny_models.make("llama-gqa", vocab_size=made.get_vocab_size(), **changes)
+    model = tiny_models.make("llama-gqa", vocab_size=made.get_vocab_size())
     with torch.no_grad():
         for token in set(range(made.get_vocab_size())) - set(PRINTABLE):
             model.lm_head.weight[token] = 0.0
-    tiny_models.save(model, folder)
+    tiny_models.save(model, folder, shards=shards)
     config = {"bos_token": "<s>", "eos_token": None, "chat_template": toy_tokenizers.TEMPLATE}
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
     return folder

@@ -17,6 +17,7 @@ from kvd_shared.refs import TOKEN_BYTES, refs_from_bytes
 from tests.kvd.reference_model import Key, Path, ReferenceModel
 
 PAGE_SIZE = 8
+MOST_BEGUN_AT_ONCE = 4096
 PAGE_BYTES = PAGE_SIZE * TOKEN_BYTES
 Outcome = tuple[str, Any]
 
@@ -58,7 +59,8 @@ class PairedCache:
 
     def begin(self, session: int, count: int) -> Outcome:
         def model(_: Any) -> int:
-            self.model.counted(count)
+            if not 1 <= count <= MOST_BEGUN_AT_ONCE:
+                raise BadRequest("")
             return self.model.queue.begin(session, count)
 
         return self._both(lambda: self.core.begin(self.sessions[session], count), model)

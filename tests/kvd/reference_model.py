@@ -4,8 +4,8 @@ There is no compressed tree here: `cached` maps a namespace and all tokens up to
 that page. A *path* is a tuple of pieces, each the token bytes of one page. Who is protected and
 what may be evicted is computed anew from the holds each time.
 
-Two choices are the core's, and are taken over after seeing that they are legal: which free pages an
-allocation gets, and in which order pages become evictable that a dying session drops all at once.
+Two choices are the core's and taken over if they are legal: which free pages an allocation gets,
+and in which order pages become evictable that a dying session drops all at once.
 """
 
 from __future__ import annotations
@@ -30,15 +30,9 @@ class ReferenceModel:
         self.lru: list[int] = []  # the cached pages that may be evicted, the next one first
         self.queue = ReferenceQueue()
 
-    # --- sessions
-
     def live(self, session: int) -> None:
         if session in self.ended:
             raise SessionEnded("")
-
-    def counted(self, count: int) -> None:
-        if not 1 <= count <= self.num_pages:
-            raise BadRequest("")
 
     def end_session(self, session: int) -> None:
         self.ended.add(session)
@@ -48,14 +42,13 @@ class ReferenceModel:
         self.end_session(session)
         held = self.holds.pop(session)
         self.free |= {ref + GENERATION for ref in held if ref not in self.cached.values()}
-        old, self.lru = self.lru, eviction_order
-        assert self.lru[: len(old)] == old and sorted(self.lru) == sorted(self.evictable())
+        assert eviction_order[: len(self.lru)] == self.lru, "what was there first goes first"
+        assert sorted(eviction_order) == sorted(self.evictable())
+        self.lru = eviction_order
         for (name, path), ref in self.cached.items():
             parent = self.cached.get((name, path[:-1]))
             if parent in self.lru:
                 assert self.lru.index(ref) < self.lru.index(parent), "a parent before its child"
-
-    # --- holds
 
     def evictable(self) -> dict[int, int]:
         """Depth of each cached page that nobody holds, nor any page that continues it."""
@@ -70,20 +63,18 @@ class ReferenceModel:
         self.lru = [ref for ref in self.lru if ref in evictable]
 
     def must_hold(self, session: int, refs: list[int]) -> None:
+        self.live(session)
         if len(set(refs)) != len(refs):
             raise BadRequest("")
         if not all(self.holds[session][ref] for ref in refs):
             raise NotHeld("")
 
     def share(self, session: int, refs: list[int]) -> None:
-        self.live(session)
         self.must_hold(session, refs)
         self.hold(session, refs)
 
     def give_back(self, session: int, refs: list[int]) -> None:
-        """One after the other. Whatever a page's last hold alone protected can be evicted from now
-        on, the deepest page first."""
-        self.live(session)
+        """One by one. What a page's last hold alone protected can be evicted, the deepest first."""
         self.must_hold(session, refs)
         for ref in refs:
             self.holds[session] -= Counter([ref])
@@ -91,8 +82,6 @@ class ReferenceModel:
                 self.free.add(ref + GENERATION)
             depth = self.evictable()
             self.lru += sorted(depth.keys() - set(self.lru), key=lambda r: -depth[r])
-
-    # --- taking pages
 
     def walk(self, name: str, path: Path) -> list[int]:
         keys = [(name, path[:length]) for length in range(1, len(path) + 1)]
@@ -106,17 +95,11 @@ class ReferenceModel:
         return found
 
     def acquire(
-        self,
-        session: int,
-        name: str,
-        path: Path,
-        num_pages: int,
-        number: int | None,
-        new: list[int],
+        self, session: int, name: str, path: Path, count: int, number: int | None, new: list[int]
     ) -> list[int]:
         found = self.walk(name, path)
-        missing = max(0, num_pages - len(found))
-        self.admit(session, num_pages, number, missing + sum(ref in self.lru for ref in found))
+        missing = max(0, count - len(found))
+        self.admit(session, count, number, missing + sum(ref in self.lru for ref in found))
         self.hold(session, found)
         return found + self.take(session, missing, new)
 
@@ -127,10 +110,10 @@ class ReferenceModel:
     def admit(self, session: int, count: int, number: int | None, wanted: int) -> None:
         """Of the pages that can be had, `wanted` will be had no longer."""
         self.live(session)
-        self.counted(count)
+        if not 1 <= count <= self.num_pages:
+            raise BadRequest("")
         request = None if number is None else self.queue.get(session, number)
-        reserved = self.queue.reserved_from(request)
-        allowed = max(0, len(self.free) + len(self.lru) - reserved)
+        allowed = max(0, len(self.free) + len(self.lru) - self.queue.reserved_from(request))
         if wanted > allowed:
             if request is not None:
                 self.queue.refused(request, wanted)
@@ -148,16 +131,13 @@ class ReferenceModel:
         self.holds[session].update(new)
         return new
 
-    # --- handing them over
-
     def publish(
         self, session: int, name: str, path: Path, refs: list[int], after: int | None
     ) -> list[int]:
-        self.live(session)
         start: Path = ()
         if after is not None:
             self.must_hold(session, [after])
-            above, start = {ref: key for key, ref in self.cached.items()}[after]
+            above, start = {ref: key for key, ref in self.cached.items()}.get(after, ("", ()))
             if above != name:
                 raise BadRequest("")
         keys = [(name, (*start, *path[: i + 1])) for i in range(len(path))]

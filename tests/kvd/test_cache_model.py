@@ -6,8 +6,11 @@ import random
 
 import pytest
 
+from kvd.free_list import FreeList
+from kvd_shared.errors import BadRequest
+from kvd_shared.namespace import Namespace
 from kvd_shared.refs import GENERATION, TOKEN_BYTES
-from tests.kvd.paired_cache import PAGE_BYTES, PairedCache, page_tokens
+from tests.kvd.paired_cache import PAGE_BYTES, PairedCache, packed, page_tokens, snapshot, unpacked
 
 SEQUENCES_A_SEED = 100
 OPERATIONS = 60
@@ -204,7 +207,7 @@ class RandomWorkers:
         for count in (0, -1, pair.core.num_pages + 1):
             assert pair.allocate(session, count, None)[0] == "BAD_REQUEST"
             assert pair.acquire(session, "m", page_tokens("a"), count, None)[0] == "BAD_REQUEST"
-            assert pair.begin(session, count)[0] == "BAD_REQUEST"
+        assert pair.begin(session, self.rng.choice([0, -1, 4097]))[0] == "BAD_REQUEST"
         unknown = self.rng.choice(
             [0, pair.model.queue.next_number, *self.numbers_of_others(session)]
         )
@@ -215,6 +218,131 @@ class RandomWorkers:
 
     def numbers_of_others(self, session: int) -> list[int]:
         return [r.number for r in self.pair.model.queue.requests if r.session != session]
+
+
+# --- stories
+
+
+def test_the_last_token_of_a_prompt_is_never_matched() -> None:
+    """Of a cached prompt of three whole pages, two match: its last token's logits are wanted."""
+    pair = PairedCache(8)
+    _, pages = pair.allocate(1, 3, None)
+    pair.publish(1, "m", page_tokens("abc"), pages, None)
+    assert pair.match(2, "m", page_tokens("abc")) == ("ok", pages[:2])
+    assert pair.match(2, "m", page_tokens("abc") + b"\0" * TOKEN_BYTES) == ("ok", pages)
+    assert pair.match(2, "m", page_tokens("abc")[:-TOKEN_BYTES]) == ("ok", pages[:2])
+    assert pair.match(2, "m", page_tokens("a")[: 2 * TOKEN_BYTES]) == ("ok", [])
+
+
+def test_who_publishes_the_beginning_of_a_cached_prompt_gets_the_cached_pages() -> None:
+    pair = PairedCache(8)
+    _, cached = pair.allocate(1, 4, None)
+    pair.publish(1, "m", page_tokens("abcd"), cached, None)
+    _, mine = pair.allocate(2, 3, None)
+    assert pair.publish(2, "m", page_tokens("abx"), mine, None) == ("ok", [*cached[:2], mine[2]])
+    assert pair.free(2, mine[:2]) == ("ok", None)
+    assert pair.free(2, mine[:2])[0] == "NOT_HELD"
+    assert pair.match(3, "m", page_tokens("abx.")) == ("ok", [*cached[:2], mine[2]])
+
+
+def test_two_forks_publish_what_they_share_and_each_keeps_its_hold() -> None:
+    pair = PairedCache(8)
+    _, pages = pair.allocate(1, 2, None)
+    pair.share(1, pages)
+    pair.publish(1, "m", page_tokens("ab"), pages, None)
+    pair.publish(1, "m", page_tokens("ab"), pages, None)
+    pair.free(1, pages)
+    assert pair.core.num_available == 6
+    pair.free(1, pages)
+    assert pair.core.num_available == 8
+    assert pair.free(1, pages)[0] == "NOT_HELD"
+
+
+def test_forks_that_were_too_late_swap_one_by_one() -> None:
+    """The shared page is a duplicate. Each fork's publish gives it a hold on the cached page, and
+    the duplicate is free when both have let go of it."""
+    pair = PairedCache(4)
+    _, cached = pair.allocate(1, 1, None)
+    pair.publish(1, "m", page_tokens("a"), cached, None)
+    _, shared = pair.allocate(2, 1, None)
+    pair.share(2, shared)
+    for available in (2, 3):
+        assert pair.publish(2, "m", page_tokens("a"), shared, None) == ("ok", cached)
+        pair.free(2, shared)
+        assert pair.core.num_available == available
+    assert pair.model.holds[2][cached[0]] == 2
+
+
+def test_publishing_goes_on_only_behind_a_page_that_one_holds() -> None:
+    pair = PairedCache(8)
+    _, cached = pair.allocate(1, 1, None)
+    pair.publish(1, "m", page_tokens("a"), cached, None)
+    _, mine = pair.allocate(2, 1, None)
+    assert pair.publish(2, "m", page_tokens("b"), mine, cached[0])[0] == "NOT_HELD"
+    assert pair.publish(2, "m", page_tokens("b"), mine, mine[0])[0] == "BAD_REQUEST"
+    assert pair.publish(2, "m", page_tokens("a"), cached, None)[0] == "NOT_HELD"
+    pair.match(2, "m", page_tokens("a."))
+    assert pair.publish(2, "n", page_tokens("b"), mine, cached[0])[0] == "BAD_REQUEST"
+    assert pair.publish(2, "m", page_tokens("b"), mine, cached[0]) == ("ok", mine)
+
+
+@pytest.mark.parametrize(("pages", "tokens"), [(0, ""), (1, ""), (1, "ab"), (2, "a")])
+def test_a_publish_of_no_pages_or_of_other_pages_than_tokens_is_refused(
+    pages: int, tokens: str
+) -> None:
+    pair = PairedCache(8)
+    mine = pair.allocate(1, 2, None)[1][:pages]
+    before = snapshot(pair.core)
+    with pytest.raises(BadRequest):
+        pair.core.publish(
+            pair.sessions[1], Namespace(model="m"), page_tokens(tokens), packed(mine), None
+        )
+    assert snapshot(pair.core) == before
+
+
+def test_refused_pages_leave_everything_where_it_was() -> None:
+    """Two of four wanted pages could be had; none is taken, and the cached ones stay cached."""
+    pair = PairedCache(6)
+    _, pages = pair.allocate(1, 2, None)
+    pair.publish(1, "m", page_tokens("ab"), pages, None)
+    pair.free(1, pages)
+    pair.allocate(2, 4, None)
+    assert pair.allocate(3, 4, None) == ("NO_PAGES", 2)
+    assert pair.acquire(3, "m", page_tokens("ab."), 3, None) == ("NO_PAGES", 1)
+    assert pair.match(3, "m", page_tokens("ab.")) == ("ok", pages)
+
+
+def test_a_dead_worker_leaves_what_it_published_and_nothing_else() -> None:
+    pair = PairedCache(8)
+    _, pages = pair.allocate(1, 3, None)
+    pair.publish(1, "m", page_tokens("ab"), pages[:2], None)
+    pair.share(1, pages)
+    pair.match(2, "m", page_tokens("a."))
+    pair.begin(1, 2)
+    pair.end_session(1)
+    assert pair.allocate(1, 1, None)[0] == "SESSION_ENDED"
+    assert pair.core.num_available == 5  # it may still be reading and writing its pages
+    pair.release_session(1)
+    assert pair.core.num_available == 7
+    assert pair.match(2, "m", page_tokens("ab.")) == ("ok", pages[:2])
+
+
+def test_free_pages_go_out_in_order_and_those_freed_last_first() -> None:
+    pair = PairedCache(6)
+    assert pair.allocate(1, 3, None) == ("ok", [0, 1, 2])
+    pair.free(1, [0])
+    pair.free(1, [2])
+    assert pair.allocate(1, 3, None) == ("ok", [2 + GENERATION, 0 + GENERATION, 3])
+
+
+def test_a_generation_that_has_run_out_starts_anew() -> None:
+    pages = FreeList(1)
+    pages.take(1)
+    pages.put(packed([0x7FFF_FFFF << 32]))
+    assert unpacked(pages.take(1)) == [0]
+
+
+# --- at random
 
 
 @pytest.mark.parametrize("seed", range(12))

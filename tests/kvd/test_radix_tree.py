@@ -169,6 +169,16 @@ def test_a_walk_stops_at_its_limit_within_a_node_and_between_two() -> None:
     assert unpacked(garden.tree.walk_after(first[1], abc("cd"), 1).refs) == first[2:3]
 
 
+def test_a_walk_from_the_middle_of_a_node_does_not_jump_to_its_children() -> None:
+    """ "abc" goes on with "x", and "a" does not."""
+    garden = Garden()
+    first = garden.publish(abc("abcx"), garden.one)
+    garden.publish(abc("abcy"), garden.one)
+    assert garden.drawn() == ["abc 2", "  x 1", "  y 1"]
+    assert garden.tree.walk_after(first[0], abc("x"), 1).num_pages == 0
+    assert unpacked(garden.tree.walk_after(first[0], abc("bcx"), 3).refs) == first[1:]
+
+
 def test_namespaces_are_apart_and_vanish_with_their_last_page() -> None:
     garden = Garden()
     other = Namespace(model="m", salt=b"tenant")
@@ -188,6 +198,17 @@ def test_a_reference_of_an_earlier_use_names_no_node() -> None:
     assert garden.tree.node_of(page) is not None
     for foreign in (page + (1 << 32), page - (1 << 32), page + 1, 100, -1, 1 << 31):
         assert garden.tree.node_of(foreign) is None
+
+
+def test_two_neighbours_whose_bytes_look_like_a_third_page_are_not_taken_for_it() -> None:
+    """Page 0 at generation 5 is the bytes (0, 5), which also stand between the references (7, 0)
+    and (5, 0)."""
+    tree, session = RadixTree(10, PAGE_SIZE), Session(1, "one", 0.0)
+    refs = [7, 5, 5 << 32, 1]
+    tree.insert(MAIN, None, abc("abcd"), packed(refs), session, 1)
+    found = tree.walk_after(refs[2], abc("d"), 1)
+    assert unpacked(found.refs) == [1]
+    assert [unpacked(span.refs) for _, span in tree.pieces(packed(refs[2:])) if span] == [refs[2:]]
 
 
 # --- holds

@@ -7,7 +7,7 @@ import time
 import zlib
 from collections import Counter, deque
 from collections.abc import Sequence
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import numpy as np
 import torch
@@ -17,6 +17,7 @@ from kvd.cache import CacheManager
 from kvd.cache_check import check_cache
 from kvd.operations import step
 from kvd.session import Session
+from kvd_shared.client import KvdClient
 from kvd_shared.layout import PoolLayout
 from kvd_shared.lease import PoolOffer
 from kvd_shared.rpc import Notice
@@ -25,7 +26,7 @@ from kvd_shared.wire import FrameWriter
 from modelworker.attachment import Attachment
 from modelworker.engine import EngineOptions, WorkerEngine
 from modelworker.requests import Delta, Event, Failed, Finished, GenerationRequest, SamplingParams
-from modelworker.runner import SequenceChunk
+from modelworker.runner import ModelRunner, SequenceChunk
 from modelworker.scheduler import Limits
 from modelworker.tokenizer import Tokenizer
 
@@ -136,8 +137,8 @@ class Worker:
     def __init__(
         self, host: Host, tokenizer: Tokenizer, name: str = "worker", limits: Limits | None = None
     ) -> None:
-        self.client: Any = host.client(name)
-        self.runner: Any = Runner(host)
+        self.client = host.client(name)
+        self.runner = Runner(host)
         self.events: dict[str, list[Event]] = {}
         layout = PoolLayout(
             num_layers=1,
@@ -154,8 +155,11 @@ class Worker:
             model=None,
             chunk_bytes=[],
         )
-        attached = Attachment(self.client, offer, self.runner)
-        options = EngineOptions(model="m", context_len=10_000, vocab_size=VOCAB, limits=limits or Limits())
+        stand_ins = cast(KvdClient, self.client), offer, cast(ModelRunner, self.runner)
+        attached = Attachment(*stand_ins)
+        options = EngineOptions(
+            model="m", context_len=10_000, vocab_size=VOCAB, limits=limits or Limits()
+        )
         self.engine = WorkerEngine(lambda: attached, tokenizer, options, attached)
 
     def submit(

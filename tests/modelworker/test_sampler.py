@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from modelworker.requests import SamplingParams
-from modelworker.sampler import BadLogits, candidates, new_generator, sample
+from modelworker.sampler import candidates, new_generator, sample
 
 LOGITS = torch.tensor([1.0, 3.0, -2.0, 2.0, 0.0, 2.5])
 RANKED = [1, 5, 3, 0, 4, 2]
@@ -19,7 +19,8 @@ def params(**changes: Any) -> SamplingParams:
 
 def draws(count: int, seed: int = 0, **changes: Any) -> list[int]:
     generator = new_generator(seed)
-    return [sample(LOGITS[None], [params(**changes)], [generator])[0] for _ in range(count)]
+    tokens = [sample(LOGITS[None], [params(**changes)], [generator])[0] for _ in range(count)]
+    return [token for token in tokens if token is not None]
 
 
 def kept(**changes: Any) -> list[int]:
@@ -125,12 +126,20 @@ def test_a_row_does_not_depend_on_its_batch_mates() -> None:
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_nan_is_never_sampled_from(temperature: float) -> None:
+@pytest.mark.parametrize("bad", ["nan", "inf"])
+def test_nonsense_is_never_sampled_from(temperature: float, bad: str) -> None:
     rows = torch.stack([LOGITS, LOGITS])
-    rows[1, 2] = float("nan")
+    rows[1, 2] = float(bad)
     asked = [params(temperature=temperature)] * 2
-    with pytest.raises(BadLogits, match="logits of row 1 hold NaN"):
-        sample(rows, asked, [new_generator(0), new_generator(1)])
+    tokens = sample(rows, asked, [new_generator(0), new_generator(1)])
+    assert tokens[0] is not None
+    assert tokens[1] is None
+
+
+def test_a_temperature_too_small_to_divide_by_is_greedy() -> None:
+    asked = [params(temperature=1e-46), params(temperature=0)]
+    tiny, greedy = sample(LOGITS.repeat(2, 1), asked, [new_generator(0), new_generator(1)])
+    assert tiny == greedy
 
 
 def test_forbidden_tokens_stay_forbidden() -> None:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import random
-from pathlib import Path
 
 import pytest
 
-from kvd_shared.namespace import Namespace
+from kvd_shared.errors import Draining
+from kvd_shared.rpc import Notice
 from modelworker.requests import RequestTooLong
 from modelworker.scheduler import Limits
 from modelworker.tokenizer import Tokenizer
@@ -15,7 +15,6 @@ from tests.modelworker import toy_tokenizers
 from tests.modelworker.in_process import VOCAB, Host, Worker, finished, greedy, tokens_of
 
 PAGE_SIZE = 8
-MODEL = Namespace(model="m")
 
 
 @pytest.fixture(scope="module")
@@ -31,8 +30,8 @@ def run(*workers: Worker, steps: int = 1000) -> None:
     """Step all in turn until none has anything to do."""
     for _ in range(steps):
         if not any(worker.busy for worker in workers):
-            for worker in workers:
-                worker.step()  # the last frees
+            for worker in workers * 2:  # the last publish, then what it found to be double
+                worker.step()
             return
         for worker in workers:
             worker.step()
@@ -106,6 +105,26 @@ def test_long_prompts_are_computed_in_chunks_beside_decoding(tokenizer: Tokenize
     check_idle(host)
 
 
+def test_decoding_goes_before_what_an_older_sequence_has_to_compute_again(
+    tokenizer: Tokenizer,
+) -> None:
+    host = Host(64, PAGE_SIZE)
+    worker = Worker(host, tokenizer, limits=Limits(max_batch_tokens=8))
+    old = worker.submit("old", prompt_of(6, 1), 30, use_cache=False)
+    young = worker.submit("young", prompt_of(4, 2), 30)
+    while len(tokens_of(old)) < 10:
+        worker.step()
+    worker.client.noticed.append(Notice("yield", 1))
+    del worker.runner.batches[:]
+    for _ in range(4):
+        worker.step()
+    assert worker.runner.batches == [[1, 7], [1, 7], [1, 2], [1, 1]]
+    run(worker)
+    assert tokens_of(old) == greedy(prompt_of(6, 1), 30)
+    assert tokens_of(young) == greedy(prompt_of(4, 2), 30)
+    check_idle(host)
+
+
 def test_the_longest_cached_prefix_goes_first_until_the_others_lose_patience(
     tokenizer: Tokenizer,
 ) -> None:
@@ -159,11 +178,12 @@ def test_the_others_of_a_request_wait_for_their_leader(tokenizer: Tokenizer) -> 
     check_idle(host)
 
 
-def test_a_cancelled_leader_lets_the_others_of_other_requests_be(tokenizer: Tokenizer) -> None:
+def test_what_a_cancelled_request_has_computed_is_kept(tokenizer: Tokenizer) -> None:
     host = Host(64, PAGE_SIZE)
     worker = Worker(host, tokenizer, limits=Limits(max_batch_tokens=16))
     gone = worker.submit("gone", prompt_of(60), 6, n=3)
     stays = worker.submit("stays", prompt_of(60), 6)
+    worker.step()  # asks what the cache has for both
     worker.step()
     worker.engine.cancel("gone")
     run(worker)
@@ -224,6 +244,20 @@ def test_what_can_never_fit_is_refused_with_both_numbers(tokenizer: Tokenizer) -
     events = worker.submit("b", prompt_of(23), 9)  # the whole pool
     run(worker)
     assert tokens_of(events) == greedy(prompt_of(23), 9)
+    check_idle(host)
+
+
+def test_a_worker_that_is_stopped_finishes_and_publishes_what_it_has(tokenizer: Tokenizer) -> None:
+    host = Host(16, PAGE_SIZE)
+    worker = Worker(host, tokenizer)
+    events = worker.submit("a", prompt_of(20), 5)
+    worker.engine.stop()
+    with pytest.raises(Draining):
+        worker.submit("late", prompt_of(20), 5)
+    worker.engine.run()
+    assert tokens_of(events) == greedy(prompt_of(20), 5)
+    assert not worker.client.alive
+    assert host.cache.tree.num_pages == 3  # the last page filled in the last step
     check_idle(host)
 
 

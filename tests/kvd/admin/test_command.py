@@ -125,13 +125,13 @@ def test_wrong_usage_is_2(arguments: list[str]) -> None:
     assert ended.value.code == 2
 
 
-def test_not_knowing_where_to_look_is_2(
+def test_not_knowing_where_to_look_is_78(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr("os.getuid", lambda: 7)
     for name in ("KVD_SOCKET_DIR", "XDG_RUNTIME_DIR"):
         monkeypatch.delenv(name, raising=False)
-    assert main(["status"]) == 2
+    assert main(["status"]) == 78
     assert "KVD_SOCKET_DIR" in capsys.readouterr().err
 
 

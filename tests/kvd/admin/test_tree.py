@@ -12,7 +12,6 @@ def node(
         "parent": parent,
         "pages": pages,
         "tokens": pages * 16,
-        "first_tokens": [],
         "digest": f"d{id}",
         "holders": holders,
         "last_use_s": last_use_s,
