@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import signal
@@ -14,6 +15,12 @@ from pathlib import Path
 
 START_TIMEOUT_S = 120.0  # importing torch from a cold disk takes a while
 STOP_TIMEOUT_S = 10.0
+PR_SET_PDEATHSIG = 1  # linux/prctl.h
+
+
+def _end_with_parent() -> None:
+    """In the child: SIGTERM when the demo is gone, however it went."""
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 class DemoFailed(Exception):
@@ -32,7 +39,12 @@ class Process:
         with self._log.open("wb") as out:
             # Its own process group: Ctrl-C reaches the demo alone, which then stops it in order.
             self._child = subprocess.Popen(
-                command, stdout=out, stderr=subprocess.STDOUT, process_group=0, env=env
+                command,
+                stdout=out,
+                stderr=subprocess.STDOUT,
+                process_group=0,
+                env=env,
+                preexec_fn=_end_with_parent,
             )
 
     @property

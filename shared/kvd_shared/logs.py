@@ -43,6 +43,20 @@ def configure(service: str, level: str, format: str, stream: TextIO) -> None:
         logger_factory=structlog.WriteLoggerFactory(stream),
         cache_logger_on_first_use=False,  # so that a second call (a reload) reaches all loggers
     )
+    logging.basicConfig(level=logging.WARNING, handlers=[_FromLibraries()], force=True)
+
+
+class _FromLibraries(logging.Handler):
+    """What libraries log by the standard way becomes an event like all others."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        structlog.get_logger().log(
+            record.levelno,
+            "library.message",
+            logger=record.name,
+            message=record.getMessage(),
+            exc_info=record.exc_info,
+        )
 
 
 def drop_private(logger: WrappedLogger, method: str, event: EventDict) -> EventDict:

@@ -1,5 +1,6 @@
 import io
 import json
+import logging
 from collections.abc import Iterator
 
 import pytest
@@ -15,9 +16,10 @@ class Terminal(io.StringIO):
 
 @pytest.fixture(autouse=True)
 def _restore_structlog() -> Iterator[None]:
-    before = structlog.get_config()
+    before, handlers = structlog.get_config(), logging.root.handlers[:]
     yield
     structlog.configure(**before)
+    logging.root.handlers[:] = handlers
 
 
 def test_a_file_gets_one_json_object_a_line() -> None:
@@ -79,3 +81,16 @@ def test_an_exception_is_shown_without_local_variables(format: str) -> None:
 def test_unknown_names_are_refused() -> None:
     with pytest.raises(ValueError, match="loud"):
         configure("kvd", "loud", "json", io.StringIO())
+
+
+def test_what_libraries_log_is_an_event_too() -> None:
+    stream = io.StringIO()
+    configure("svc", "info", "json", stream)
+    try:
+        raise ValueError("inside a library")
+    except ValueError:
+        logging.getLogger("uvicorn.error").exception("it went wrong")
+    record = json.loads(stream.getvalue())
+    assert record["event"] == "library.message"
+    assert (record["logger"], record["message"]) == ("uvicorn.error", "it went wrong")
+    assert "inside a library" in record["exception"]
