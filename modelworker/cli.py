@@ -103,9 +103,7 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_demo(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--doc", type=Path, default=SHIPPED_DOCUMENT, metavar="FILE", help="a text of your own"
-    )
+    parser.add_argument("--doc", type=Path, metavar="FILE", help="a text of your own")
     parser.set_defaults(run=_demo)
 
 
@@ -175,7 +173,10 @@ def _demo(args: argparse.Namespace) -> int:
 
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # cleans up as Ctrl-C does
     try:
-        run_demo(SHIPPED_MODEL, args.doc)
+        if args.doc is None:
+            run_demo(SHIPPED_MODEL, SHIPPED_DOCUMENT)
+        else:  # the model is tiny: it misquotes now and then, which is no fault of the cache
+            run_demo(SHIPPED_MODEL, args.doc, least_right=3)
     except DemoFailed as e:
         return _fail(e, exit_codes.PROBLEM_FOUND)
     except KeyboardInterrupt:

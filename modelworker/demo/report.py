@@ -5,7 +5,7 @@ from __future__ import annotations
 from modelworker.demo.client import Answer
 from modelworker.demo.processes import DemoFailed
 
-COLUMNS = f"{'':4}{'':44}{'prompt':>7}{'cached':>8}{'computed':>10}{'time':>9}"
+COLUMNS = f"{'':4}{'':42}{'prompt':>6}{'cached':>8}{'computed':>10}{'time':>9}"
 
 
 def heading(text: str) -> None:
@@ -18,10 +18,10 @@ def columns() -> None:
 
 def row(worker: str, what: str, answer: Answer, mark: str) -> None:
     """One request: what was asked of whom, what was cached, how long it took."""
-    shown = what if len(what) <= 42 else what[:41] + "…"
+    shown = what if len(what) <= 41 else what[:40] + "…"
     computed = answer.prompt_tokens - answer.cached_tokens
     print(
-        f"{worker:4}{shown:44}{answer.prompt_tokens:7}{answer.cached_tokens:8}{computed:10}"
+        f"{worker:4}{shown:42}{answer.prompt_tokens:6}{answer.cached_tokens:8}{computed:10}"
         f"{answer.seconds * 1000:6.0f} ms  {mark}",
         flush=True,
     )

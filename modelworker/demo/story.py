@@ -25,7 +25,8 @@ from modelworker.demo.document import (
 from modelworker.demo.processes import Cluster, DemoFailed, url_of
 from modelworker.tokenizer import Tokenizer
 
-POOL_SIZE = "304 pages"
+POOL_SIZE = "228 pages"
+ASKED = 4  # questions
 PARALLEL = 4
 ROOM = 320  # tokens for a cue and what follows it
 LONG_ANSWER = 280  # tokens: time enough to look at the pages meanwhile
@@ -33,22 +34,25 @@ SHARED_WITHIN_S = 10.0
 SETTLED_WITHIN_S = 2.0
 
 
-def run_demo(model: Path, document: Path) -> None:
-    """Raises DemoFailed if anything that it shows is not so."""
+def run_demo(model: Path, document: Path, least_right: int = ASKED) -> None:
+    """Raises DemoFailed if anything that it shows is not so.
+
+    `least_right`: of the four quotes. The cached and the uncached answer must always be the same.
+    """
     tokenizer = Tokenizer.from_folder(model)
     context = read_model_folder(model).context_length
     whole = clean(document.read_text(encoding="utf-8"))
     text = fitting(whole, tokenizer, context - ROOM)
     asked = questions(text)
-    if len(asked) < 4:
+    if len(asked) < ASKED:
         raise DemoFailed(
             f"{document} has {len(asked)} sentences of enough words in the {len(text)} characters "
-            "that the model can read; the demo asks about 4"
+            f"that the model can read; the demo asks about {ASKED}"
         )
     with tempfile.TemporaryDirectory(prefix="kvd-demo-") as folder:
         print("starting kvd and two workers …", flush=True)
         with Cluster(model, POOL_SIZE, Path(folder)) as cluster:
-            Story(cluster, model.name, text, len(whole), asked).tell()
+            Story(cluster, model.name, text, len(whole), asked, least_right).tell()
     print("\nall of it holds; nothing is left behind")
 
 
@@ -56,11 +60,18 @@ class Story:
     """One run over a started cluster."""
 
     def __init__(
-        self, cluster: Cluster, model: str, text: str, whole: int, asked: list[Question]
+        self,
+        cluster: Cluster,
+        model: str,
+        text: str,
+        whole: int,
+        asked: list[Question],
+        least_right: int,
     ) -> None:
+        self._least_right = least_right
         self._cluster, self._model, self._text, self._whole = cluster, model, text, whole
-        step = (len(asked) - 1) / 3
-        self._questions = [asked[round(i * step)] for i in range(4)]  # spread over the text
+        step = (len(asked) - 1) / (ASKED - 1)
+        self._questions = [asked[round(i * step)] for i in range(ASKED)]  # spread over the text
         self._verdicts = report.Verdicts()
         self._answers: list[tuple[Question, Answer]] = []
 
@@ -70,14 +81,14 @@ class Story:
         read = len(self._text) if len(self._text) < self._whole else self._whole
         report.heading(f"a document of {self._whole} characters, of which the model reads {read}")
         report.columns()
-        first = self._ask("w0", url0, 0, "← reads the document, computes all of it")
-        second = self._ask("w1", url1, 1, "← uses the pages that w0 filled")
-        self._ask("w1", url1, 2, "← and its own of a moment ago")
+        first = self._ask("w0", url0, 0, "reads it all")
+        second = self._ask("w1", url1, 1, "over w0's pages")
+        self._ask("w1", url1, 2, "again")
         parallel = self._parallel(url0)
         w0.kill()
         print("kill -9 w0; a new w0 starts", flush=True)
         url0 = url_of(self._cluster.start_worker("w0"))
-        again = self._ask("w0", url0, 3, "← still cached")
+        again = self._ask("w0", url0, 3, "still cached")
         shared = self._pictures(url0, url1)
 
         report.heading("what must hold")
@@ -87,10 +98,8 @@ class Story:
         check(again.cached_tokens > 0, "the cache outlived the worker that had filled it")
         check(shared > 0, f"both workers read the same {shared} pages at the same time")
         check(parallel, f"{PARALLEL} continuations shared the prompt's pages")
-        right = sum(_quotes(q, a) for q, a in self._answers)
-        check(
-            right == len(self._answers), f"{right} of {len(self._answers)} quotes are word for word"
-        )
+        right, total = sum(_quotes(q, a) for q, a in self._answers), len(self._answers)
+        check(right >= self._least_right, f"{right} of {total} quotes are word for word")
         self._same_without_cache(url1)
         self._nothing_left()
         self._verdicts.conclude()
@@ -118,7 +127,7 @@ class Story:
         )
         new = self._counts()["published_pages"] - before
         alone = PARALLEL * -(-answer.prompt_tokens // 16)
-        remark = f"← {PARALLEL} answers added {new} pages; without sharing {alone}"
+        remark = f"{new} new pages, not {alone}"
         report.row("w0", f"the same, n={PARALLEL}", answer, remark)
         return len(answer.texts) == PARALLEL and new <= PARALLEL and answer.cached_tokens > 0
 

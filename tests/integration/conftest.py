@@ -1,26 +1,33 @@
-"""The tiny model of all tests here, made once."""
+"""The tiny model of all tests here, made once. Tests of the daemon alone do not wait for torch."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
-import torch
 
-from tests.integration.tiny_world import Oracle, make_folder
 from tests.worker import WorkerNursery, worker_nursery
 
-torch.set_num_threads(1)  # the tensors are tiny
+if TYPE_CHECKING:
+    from tests.integration.tiny_world import Oracle
 
 
 @pytest.fixture(scope="session")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from tests.integration.tiny_world import make_folder
+
     return make_folder(tmp_path_factory.mktemp("tiny"))
 
 
 @pytest.fixture(scope="session")
 def oracle(folder: Path) -> Oracle:
+    import torch
+
+    from tests.integration.tiny_world import Oracle
+
+    torch.set_num_threads(1)  # the tensors are tiny
     return Oracle(folder)
 
 
