@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import secrets
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -76,6 +77,7 @@ class Daemon:
         self.started_s = now
         self.draining = False
         self.attachments: dict[int, Attachment] = {}
+        self.gone: Callable[[Attachment], None] = lambda attachment: None  # told once for each
         self._by_token: dict[bytes, Attachment] = {}
         self._next_id = 1
 
@@ -161,6 +163,7 @@ class Daemon:
         del self._by_token[attachment.token]
         if attachment.pool and attachment.session:
             attachment.pool.cache.release_session(attachment.session, now)
+        self.gone(attachment)
 
     def drain(self) -> None:
         """Admit nothing new; what has begun may finish."""

@@ -42,7 +42,8 @@ class LeaseServer:
         self._listener.listen(BACKLOG)
         self._listener.setblocking(False)
         self._connections: set[socket.socket] = set()
-        self._pidfds: dict[int, int] = {}  # by attachment
+        self._pidfds: dict[int, int] = {}  # by attachment, while its death is awaited
+        daemon.gone = self._forget_pidfd
         self._listen()
 
     def close(self) -> None:
@@ -52,8 +53,9 @@ class LeaseServer:
         self._path.unlink(missing_ok=True)
         for connection in list(self._connections):
             self._hang_up(connection)
-        for attachment_id in list(self._pidfds):
-            self._forget_pidfd(attachment_id)
+        for pidfd in self._pidfds.values():
+            self._loop.remove_reader(pidfd)
+            os.close(pidfd)
 
     def _listen(self) -> None:
         if self._listener.fileno() >= 0:  # not closed during a pause
@@ -141,8 +143,6 @@ class LeaseServer:
             log.info("session.ended", session=attachment.id, name=attachment.name, held_pages=held)
         self._daemon.end(attachment)
         self._hang_up(connection)
-        if attachment.id not in self._daemon.attachments:  # it has detached: no death is awaited
-            self._forget_pidfd(attachment.id)
 
     def _died(self, attachment: Attachment, connection: socket.socket) -> None:
         if attachment.id in self._daemon.attachments:
@@ -151,10 +151,9 @@ class LeaseServer:
                      pid=attachment.pid, held_pages=held)  # fmt: skip
         self._daemon.dead(attachment, time.monotonic())
         self._hang_up(connection)  # a forked child can have it still
-        self._forget_pidfd(attachment.id)
 
-    def _forget_pidfd(self, attachment_id: int) -> None:
-        pidfd = self._pidfds.pop(attachment_id, None)
+    def _forget_pidfd(self, attachment: Attachment) -> None:
+        pidfd = self._pidfds.pop(attachment.id, None)
         if pidfd is not None:
             self._loop.remove_reader(pidfd)
             os.close(pidfd)

@@ -269,6 +269,10 @@ def test_a_closed_connection_is_no_proof_of_death(daemon: RunningDaemon) -> None
     daemon.check()
 
 
+def daemon_fds(daemon: RunningDaemon) -> Path:
+    return Path(f"/proc/{daemon.process.pid}/fd")
+
+
 def test_nothing_is_answered_behind_the_end_of_the_lease(daemon: RunningDaemon) -> None:
     request = AttachRequest(role="worker", name="half", pid=os.getpid())
     with KvdClient(daemon.socket_dir, attach(daemon.socket_dir, request, 5.0)) as worker:
@@ -282,9 +286,11 @@ def test_nothing_is_answered_behind_the_end_of_the_lease(daemon: RunningDaemon) 
                 worker.call(call)
         assert daemon.counts()["quarantined"] == 3
         # But that it has let go is heard: a daemon that stalled reads the two in this order.
+        descriptors = len(list(daemon_fds(daemon).iterdir()))
         worker.call(verbs.detach())
         assert daemon.counts()["free"] == 64
         assert daemon.sessions() == {}
+        assert len(list(daemon_fds(daemon).iterdir())) == descriptors - 1  # no death is awaited
     daemon.check()
 
 
@@ -300,7 +306,7 @@ def test_detach_gives_everything_back_at_once(daemon: RunningDaemon) -> None:
 
 
 def test_a_process_that_attaches_often_costs_the_daemon_nothing(daemon: RunningDaemon) -> None:
-    descriptors = Path(f"/proc/{daemon.process.pid}/fd")
+    descriptors = daemon_fds(daemon)
 
     def attach_and_detach() -> None:
         with daemon.attach() as worker:
