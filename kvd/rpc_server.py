@@ -29,6 +29,7 @@ from kvd_shared.wire import (
     read_header,
 )
 
+FLUSH_MS = 500  # for the last answers, on closing
 MESSAGES_A_TURN = 32  # then timers and leases have their turn
 
 log = structlog.get_logger()
@@ -56,8 +57,8 @@ class RpcServer:
 
     def close(self) -> None:
         self._loop.remove_reader(self._fd)
-        self._socket.close(linger=0)
-        self._context.term()
+        self._socket.close(linger=FLUSH_MS)
+        self._context.term()  # waits for that
         self._path.unlink(missing_ok=True)
 
     def _turn(self) -> None:

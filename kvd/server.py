@@ -70,8 +70,8 @@ async def _run(config: KvdConfig, pools: list[Pool]) -> int:
         await _drain(daemon, stop, config.daemon.drain_timeout_s)
         ticking.cancel()
     finally:
+        rpc.close()  # the last answers go out before the news that the daemon is gone
         leases.close()
-        rpc.close()
         log.info("daemon.stopped")
     return 0
 
