@@ -127,10 +127,11 @@ class RadixTree:
         """The longest run of `refs` from `position` on that lies in one node; None if the page
         there is not in the tree."""
         at = position * REF_BYTES
-        node = self.node_of(int.from_bytes(refs[at : at + REF_BYTES], "little", signed=True))
+        ref = int.from_bytes(refs[at : at + REF_BYTES], "little", signed=True)
+        node = self.node_of(ref)
         if node is None:
             return None
-        start = index_of(node, int.from_bytes(refs[at : at + REF_BYTES], "little", signed=True))
+        start = index_of(node, ref)
         mine, theirs = node.refs[start * REF_BYTES :], refs[at : at + len(node.refs)]
         length = min(len(mine), len(theirs))
         if mine[:length] != theirs[:length]:

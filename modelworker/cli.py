@@ -18,7 +18,8 @@ from kvd_shared.socket_dir import NoSocketDir, default_socket_dir
 EXIT_CODES = f"""\
 exit codes: {exit_codes.OK} ended as asked, {exit_codes.RUNTIME_ERROR} runtime error, \
 {exit_codes.USAGE} usage, {exit_codes.INCOMPATIBLE} the pool is another model's or layout's,
-{exit_codes.PROBLEM_FOUND} verify found a disagreement, {exit_codes.BAD_CONFIG} bad model folder
+{exit_codes.PROBLEM_FOUND} verify or the demo found a fault, \
+{exit_codes.BAD_CONFIG} bad model folder
 """
 SHIPPED_MODEL = Path(__file__).parent / "assets" / "tiny-quote"
 SHIPPED_DOCUMENT = Path(__file__).parent / "assets" / "demo.txt"
@@ -82,7 +83,7 @@ def _add_serve(parser: argparse.ArgumentParser) -> None:
     add("--max-model-len", type=_positive, metavar="TOKENS", help="default: the model's context")
     add("--max-batch-tokens", type=_positive, default=512, metavar="N", help="computed a step")
     add("--max-seqs", type=_positive, default=32, metavar="N", help="running at once")
-    add("--max-queued", type=_positive, default=1024, metavar="N", help="requests that may wait")
+    add("--max-queued", type=_positive, default=1024, metavar="N", help="sequences that may wait")
     add("--drain-timeout", type=float, default=30.0, metavar="S", help="after SIGTERM, seconds")
     add("--log-level", default="info", choices=["debug", "info", "warning", "error"])
     add("--log-format", default="auto", choices=["auto", "json", "console"])

@@ -50,7 +50,8 @@ log = structlog.get_logger()
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineOptions:
-    """`max_queued`: requests that wait to be admitted; more are refused."""
+    """`max_queued`: sequences that may wait to be admitted; a request of more is refused, unless
+    none waits."""
 
     model: str  # for the namespace: fingerprint, and the dtype that K and V are computed in
     context_len: int

@@ -91,7 +91,7 @@ class RequestTooLong(KvdError):
 
 
 class QueueFull(KvdError):
-    """As many requests wait as are allowed to. HTTP 429."""
+    """As many sequences wait as are allowed to. HTTP 429."""
 
     code = "QUEUE_FULL"
     retryable = True

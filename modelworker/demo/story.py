@@ -168,12 +168,16 @@ class Story:
         pages they were seen to hold together."""
         with ThreadPoolExecutor() as threads:
             fields = {"max_tokens": LONG_ANSWER, "ignore_eos": True}
-            for url, question in zip(urls, self._questions, strict=False):
+            asked = [
                 threads.submit(complete, url, self._model, self._prompt(question), **fields)
+                for url, question in zip(urls, self._questions, strict=False)
+            ]
             deadline, shared = time.monotonic() + SHARED_WITHIN_S, 0
             while not shared and time.monotonic() < deadline:
                 shared = self._counts()["shared_pages"]
             self._draw()
+            for answer in asked:
+                answer.result()  # raises what went wrong there
         return shared
 
     def _draw(self) -> None:

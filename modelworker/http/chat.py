@@ -12,7 +12,6 @@ from modelworker.http.body import read_json_object
 from modelworker.http.fields import Rule, integer, mapping, only, read_fields, refused, text
 from modelworker.http.schema import read_body
 from modelworker.http.service import Service
-from modelworker.requests import FinishReason
 
 _ROLES = ("system", "developer", "user", "assistant")
 
@@ -37,7 +36,7 @@ class ChatShape:
     object = "chat.completion"
     chunk_object = "chat.completion.chunk"
 
-    def whole(self, text: str, reason: FinishReason) -> dict[str, Any]:
+    def whole(self, text: str) -> dict[str, Any]:
         return {"message": {"role": "assistant", "content": text, "refusal": None}}
 
     def opening(self) -> dict[str, Any]:

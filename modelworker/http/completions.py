@@ -13,7 +13,6 @@ from modelworker.http.errors import InvalidField
 from modelworker.http.fields import Rule, only, refused
 from modelworker.http.schema import read_body
 from modelworker.http.service import Service
-from modelworker.requests import FinishReason
 from modelworker.tokenizer import Tokenizer
 
 MAX_PROMPTS = 128
@@ -41,7 +40,7 @@ class CompletionShape:
     object = "text_completion"
     chunk_object = "text_completion"
 
-    def whole(self, text: str, reason: FinishReason) -> dict[str, Any]:
+    def whole(self, text: str) -> dict[str, Any]:
         return {"text": text}
 
     def opening(self) -> None:

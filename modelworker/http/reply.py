@@ -21,7 +21,7 @@ class Shape(Protocol):
     object: str
     chunk_object: str
 
-    def whole(self, text: str, reason: FinishReason) -> dict[str, Any]: ...
+    def whole(self, text: str) -> dict[str, Any]: ...
 
     def opening(self) -> dict[str, Any] | None:
         """The chunk that goes before a choice's text, if any."""
@@ -63,7 +63,7 @@ class Reply:
             else:
                 reasons[index] = event.reason
         choices = [
-            self._choice(i, self.shape.whole("".join(text), reasons[i]), reasons[i])
+            self._choice(i, self.shape.whole("".join(text)), reasons[i])
             for i, text in enumerate(texts)
         ]
         return self._envelope(self.shape.object, choices, usage=self._usage())

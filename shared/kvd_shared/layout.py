@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import dataclass
 from typing import Any
-
-import msgpack
 
 from kvd_shared.errors import BadRequest
 
@@ -46,11 +43,6 @@ class PoolLayout:
     @property
     def page_bytes(self) -> int:
         return self.page_size * self.bytes_per_token
-
-    @property
-    def fingerprint(self) -> str:
-        """Two layouts are interchangeable exactly when their fingerprints are equal."""
-        return hashlib.sha256(msgpack.packb(sorted(self.to_wire().items()))).hexdigest()[:16]
 
     def to_wire(self) -> dict[str, Any]:
         return {name: getattr(self, name) for name in self.__slots__}

@@ -85,7 +85,7 @@ def acquire(
 def allocate(num_pages: int, request: int | None = None) -> Call[PageRefs]:
     """New pages of the session's own to write, or NoPages."""
     args = {"num_pages": num_pages, "request": request}
-    return Call("allocate", args, lambda r, f: _refs(r, f))
+    return Call("allocate", args, _refs)
 
 
 def share(refs: npt.ArrayLike) -> Call[None]:

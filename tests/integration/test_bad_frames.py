@@ -26,6 +26,7 @@ import zmq
 from kvd.cache import CacheManager
 from kvd.cache_check import check_cache
 from kvd.daemon import Attachment, Daemon, Pool
+from kvd.lease_server import ACCEPT_PAUSE_S
 from kvd.page_pool import MemfdPool
 from kvd.rpc_server import RpcServer
 from kvd_shared import verbs
@@ -107,7 +108,7 @@ def say(scene: Scene, packet: bytes) -> dict[str, Any]:
 
 def open_lease(scene: Scene) -> socket.socket:
     connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    connection.settimeout(8.0)
+    connection.settimeout(15.0)
     connection.connect(str(scene.daemon.socket_dir / LEASE_SOCKET))
     return connection
 
@@ -221,7 +222,7 @@ def test_a_connection_that_says_nothing_is_closed(scene: Scene) -> None:
         opened = time.monotonic()
         scene.daemon.attach("in between").close()
         assert silent.recv(100) == b""
-        assert 4.0 < time.monotonic() - opened < 7.0
+        assert time.monotonic() - opened > 4.0  # its timeout is the other bound
 
 
 def test_talking_after_the_attach_ends_the_session(scene: Scene) -> None:
@@ -589,8 +590,10 @@ def test_too_few_descriptors_are_a_passing_trouble(scene: Scene) -> None:
     try:
         resource.prlimit(pid, resource.RLIMIT_NOFILE, (3, limits[1]))
         with open_lease(scene) as waiting:
-            time.sleep(0.5)
-            assert 1 <= len(scene.daemon.logs("lease.accept_failed")) < 10
+            opened = time.monotonic()
+            eventually(lambda: len(scene.daemon.logs("lease.accept_failed")) >= 3)
+            failed = len(scene.daemon.logs("lease.accept_failed"))
+            assert failed <= (time.monotonic() - opened) / ACCEPT_PAUSE_S + 2
             assert scene.worker.call(verbs.probe(NAMESPACE, range(33))) == 32
             resource.prlimit(pid, resource.RLIMIT_NOFILE, limits)
             waiting.send(packet(v=2))

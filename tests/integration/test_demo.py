@@ -87,12 +87,16 @@ def test_a_text_without_sentences_is_refused_with_the_number(tmp: Path, tmp_path
 def test_ctrl_c_leaves_no_process_and_no_file(tmp: Path, number: int, processes: int) -> None:
     """Whatever moment it comes at: here, the moment the daemon or a worker has just started."""
     env = {**os.environ, "TMPDIR": str(tmp)}
-    demo = subprocess.Popen(DEMO, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=env)
-    deadline = time.monotonic() + 60
-    while len(left_behind(str(tmp))) < processes and time.monotonic() < deadline:
-        time.sleep(0.002)
-    demo.send_signal(number)
-    _, err = demo.communicate(timeout=60)
+    with subprocess.Popen(DEMO, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env=env) as demo:
+        try:
+            deadline = time.monotonic() + 60
+            while len(left_behind(str(tmp))) < processes:
+                assert demo.poll() is None and time.monotonic() < deadline
+                time.sleep(0.002)
+            demo.send_signal(number)
+            _, err = demo.communicate(timeout=60)
+        finally:
+            demo.kill()  # nothing if it has ended
     assert demo.returncode == 130, err.decode()
     assert left_behind(str(tmp)) == []
     assert list(tmp.iterdir()) == []

@@ -43,9 +43,14 @@ def two_workers(
 
 def check_all_given_back(daemon: RunningDaemon, num_pages: int) -> dict[str, Any]:
     """Asserts that no request is left, no session holds a page, and all pages are free or cached;
-    returns the pool's status."""
-    (pool,) = daemon.ask(verbs.status())["pools"]
-    assert pool["running_requests"] == pool["waiting_requests"] == 0
+    returns the pool's status. Waits for the requests' end: a worker tells it with its next step, a
+    moment after it has answered."""
+
+    def idle() -> dict[str, Any] | None:
+        (pool,) = daemon.ask(verbs.status())["pools"]
+        return None if pool["running_requests"] or pool["waiting_requests"] else pool
+
+    pool: dict[str, Any] = eventually(idle)
     counts = daemon.counts()
     assert counts["free"] + counts["cached"] == num_pages, counts
     assert all(session["held_pages"] == 0 for session in daemon.sessions().values())
@@ -163,7 +168,6 @@ def test_a_thousand_requests_in_a_tenth_of_the_pages(
         assert crowd.done.total() == NUM_REQUESTS
         assert crowd.done["cancelled"] >= NUM_REQUESTS // 3
         assert crowd.slowest_s < SLOWEST_S
-        eventually(lambda: daemon.ask(verbs.status())["pools"][0]["running_requests"] == 0)
         pool = check_all_given_back(daemon, num_pages)
         preempted = sum(len(worker.logs("sequence.preempted")) for worker in workers)
     assert crowd.cached_tokens and pool["evicted_pages"] and preempted

@@ -148,7 +148,9 @@ def test_sigterm_lets_what_was_accepted_finish(
 
     threads = [threading.Thread(target=ask, args=(i,)) for i in range(3)]
     late = Client(worker.url)
-    for thread in threads:
+    threads[0].start()
+    eventually(lambda: busy(worker.url) == (1, 0))
+    for thread in threads[1:]:
         thread.start()
     eventually(lambda: busy(worker.url) == (1, 2))
     signal.pidfd_send_signal(worker.pidfd, signal.SIGTERM)
@@ -180,8 +182,8 @@ def test_clients_that_hang_up_free_their_pages(
     assert daemon.sessions()["worker"]["held_pages"] > 0
     for client in (queued, streamed, whole):
         client.hang_up()
+    eventually(lambda: busy(worker.url) == (0, 0))
     eventually(lambda: daemon.sessions()["worker"]["held_pages"] == 0)
-    assert busy(worker.url) == (0, 0)
     check_all_given_back(daemon, NUM_PAGES)
     worker.close()
 

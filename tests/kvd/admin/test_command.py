@@ -4,7 +4,6 @@ import json
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,30 +12,19 @@ import pytest
 from kvd.admin import main
 from kvd.admin.command import VERBS
 from kvd_shared.client import KvdClient
+from tests.daemon import RunningDaemon, running_daemon
 
 
 @pytest.fixture(scope="module")
-def daemon(tmp_path_factory: pytest.TempPathFactory) -> Iterator[subprocess.Popen[bytes]]:
-    directory = tmp_path_factory.mktemp("run")
-    command = [sys.executable, "-c", "import sys; from kvd.cli import main; sys.exit(main())"]
-    command += ["serve", "--socket-dir", str(directory), "--pool-size", "64 pages"]
-    command += ["--layout", "num_layers=1,num_kv_heads=1,head_dim=8", "--log-level", "error"]
-    process = subprocess.Popen(command)
-    deadline = time.monotonic() + 20
-    while not (directory / "lease.sock").exists():
-        assert process.poll() is None and time.monotonic() < deadline
-        time.sleep(0.02)
-    yield process
-    process.terminate()
-    assert process.wait(timeout=20) == 0
+def daemon(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningDaemon]:
+    with running_daemon(tmp_path_factory.mktemp("daemon")) as daemon:
+        yield daemon
 
 
 @pytest.fixture
-def socket_dir(daemon: subprocess.Popen[bytes], monkeypatch: pytest.MonkeyPatch) -> Path:
-    assert isinstance(daemon.args, list)
-    directory = Path(daemon.args[daemon.args.index("--socket-dir") + 1])
-    monkeypatch.setenv("KVD_SOCKET_DIR", str(directory))
-    return directory
+def socket_dir(daemon: RunningDaemon, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("KVD_SOCKET_DIR", str(daemon.socket_dir))
+    return daemon.socket_dir
 
 
 @pytest.mark.parametrize("verb", VERBS)
@@ -81,31 +69,31 @@ def test_an_unknown_pool_is_4(socket_dir: Path, capsys: pytest.CaptureFixture[st
 
 
 def test_a_daemon_that_is_stopped_is_6(
-    daemon: subprocess.Popen[bytes], socket_dir: Path, capsys: pytest.CaptureFixture[str]
+    daemon: RunningDaemon, socket_dir: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    daemon.send_signal(signal.SIGSTOP)
+    daemon.process.send_signal(signal.SIGSTOP)
     try:
         assert main(["status", "--timeout", "0.2"]) == 6
     finally:
-        daemon.send_signal(signal.SIGCONT)
+        daemon.process.send_signal(signal.SIGCONT)
     assert "kvdctl: " in capsys.readouterr().err
 
 
 def test_a_daemon_that_attaches_but_does_not_answer_is_6(
-    daemon: subprocess.Popen[bytes], socket_dir: Path, monkeypatch: pytest.MonkeyPatch
+    daemon: RunningDaemon, socket_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     attach = KvdClient.attach
 
     def attach_and_stop(*args: object, **kwargs: object) -> KvdClient:
         client = attach(socket_dir, name="kvdctl", role="admin")
-        daemon.send_signal(signal.SIGSTOP)
+        daemon.process.send_signal(signal.SIGSTOP)
         return client
 
     monkeypatch.setattr(KvdClient, "attach", attach_and_stop)
     try:
         assert main(["status", "--timeout", "0.2"]) == 6
     finally:
-        daemon.send_signal(signal.SIGCONT)
+        daemon.process.send_signal(signal.SIGCONT)
 
 
 @pytest.mark.parametrize(
