@@ -42,7 +42,7 @@ def fitting(text: str, tokenizer: Tokenizer, max_tokens: int) -> str:
 def questions(text: str) -> list[Question]:
     """One for each sentence whose first words occur once and that is long enough to quote."""
     found = []
-    for match in re.finditer(r"(?<=[.!?] )\S[^.!?]*[.!?]", text):
+    for match in re.finditer(r"(?:^|(?<=[.!?] ))\S[^.!?]*[.!?]", text):
         words = match.group().split(" ")
         cue, rest = " ".join(words[:CUE_WORDS]), " ".join(words[CUE_WORDS:])
         if len(rest) >= MIN_ANSWER_CHARACTERS and text.count(cue) == 1:

@@ -16,6 +16,8 @@ from modelworker.demo import report
 from modelworker.demo.client import Answer, complete
 from modelworker.demo.document import (
     ANSWER_TOKENS,
+    CUE_WORDS,
+    MIN_ANSWER_CHARACTERS,
     QUOTE,
     Question,
     clean,
@@ -28,6 +30,7 @@ from modelworker.tokenizer import Tokenizer
 POOL_SIZE = "228 pages"
 ASKED = 4  # questions
 PARALLEL = 4
+MEASURED_TOKENS = 1024  # of a document: as far as the model's card has figures
 ROOM = 320  # tokens for a cue and what follows it
 LONG_ANSWER = 280  # tokens: time enough to look at the pages meanwhile
 SHARED_WITHIN_S = 10.0
@@ -41,13 +44,17 @@ def run_demo(model: Path, document: Path, least_right: int = ASKED) -> None:
     """
     tokenizer = Tokenizer.from_folder(model)
     context = read_model_folder(model).context_length
-    whole = clean(document.read_text(encoding="utf-8"))
-    text = fitting(whole, tokenizer, context - ROOM)
+    try:
+        whole = clean(document.read_text(encoding="utf-8"))
+    except UnicodeDecodeError as e:
+        raise DemoFailed(f"{document} is no UTF-8 text: {e}") from e
+    text = fitting(whole, tokenizer, min(MEASURED_TOKENS, context - ROOM))
     asked = questions(text)
     if len(asked) < ASKED:
         raise DemoFailed(
             f"{document} has {len(asked)} sentences of enough words in the {len(text)} characters "
-            f"that the model can read; the demo asks about {ASKED}"
+            f"that the model reads; the demo asks about {ASKED}: sentences whose first {CUE_WORDS} "
+            f"words occur once, with at least {MIN_ANSWER_CHARACTERS} characters behind them"
         )
     with tempfile.TemporaryDirectory(prefix="kvd-demo-") as folder:
         print("starting kvd and two workers …", flush=True)

@@ -115,8 +115,8 @@ def test_one_false_assertion_fails_the_demo(capsys: pytest.CaptureFixture[str]) 
 def test_questions_are_sentences_of_the_text() -> None:
     text = clean(OWN_TEXT)
     found = questions(text)
-    assert len(found) == 5  # all but the first: what precedes it is no end of a sentence
-    assert all(question.cue + question.answer in text for question in found)
+    assert len(found) == 6
+    assert all(question.cue + question.answer in f" {text}" for question in found)
     assert len({question.cue for question in found}) == len(found)
 
 
