@@ -8,7 +8,7 @@ from pathlib import Path
 
 from kvd_shared.client import KvdClient
 from kvd_shared.errors import DaemonUnreachable
-from kvd_shared.lease import PoolOffer
+from kvd_shared.lease import GEOMETRY, PoolOffer
 from modelworker.model import Model
 from modelworker.pool_view import PoolView
 from modelworker.runner import ModelRunner
@@ -38,12 +38,7 @@ def attach(
     socket_dir: Path, name: str, model: Model, fingerprint: str, pool: str | None = None
 ) -> Attachment:
     """Raises DaemonUnreachable or Draining (retryable), LayoutMismatch, UnknownPool, NotAllowed."""
-    config = model.config
-    geometry = {
-        "num_layers": config.num_layers,
-        "num_kv_heads": config.num_kv_heads,
-        "head_dim": config.head_dim,
-    }
+    geometry = {name: getattr(model.config, name) for name in GEOMETRY}
     client = KvdClient.attach(
         socket_dir, name=name, pool=pool, geometry=geometry, model=fingerprint
     )

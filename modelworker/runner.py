@@ -10,6 +10,7 @@ import numpy.typing as npt
 import torch
 
 from kvd_shared.errors import LayoutMismatch
+from kvd_shared.lease import GEOMETRY
 from modelworker.batch import Batch
 from modelworker.model import Model
 from modelworker.pool_view import PoolView
@@ -71,7 +72,7 @@ class ModelRunner:
 
     def __init__(self, model: Model, pool: PoolView) -> None:
         """Raises LayoutMismatch when the pool's pages are not of the model's geometry."""
-        for name in ("num_layers", "num_kv_heads", "head_dim"):
+        for name in GEOMETRY:
             has, needs = getattr(pool.layout, name), getattr(model.config, name)
             if has != needs:
                 raise LayoutMismatch(f"{name}: the pool has {has}, the model needs {needs}")
