@@ -9,15 +9,22 @@ import hashlib
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from io import FileIO
 from pathlib import Path
 from typing import Any
 
+import structlog
+
+from kvd_shared.digest_cache import DigestCache
 from kvd_shared.errors import KvdError
 from kvd_shared.layout import DTYPE_BYTES, PoolLayout
 
 CONFIG, INDEX, SINGLE = "config.json", "model.safetensors.index.json", "model.safetensors"
 ORIGIN_KEYS = ("_name_or_path", "transformers_version")  # where a folder came from, not what it is
 READ_BYTES = 8 << 20
+
+log = structlog.get_logger()
 
 Progress = Callable[[int, int], None]  # bytes done, bytes in all
 
@@ -75,6 +82,7 @@ class ModelFolder:
     num_kv_heads: int
     head_dim: int
     context_length: int  # tokens
+    vocab_size: int | None  # token ids are below it; None: the config does not say
     dtype: str  # named in the config; float32 when it names none
     config: JsonMap
 
@@ -109,6 +117,7 @@ def read_model_folder(path: Path) -> ModelFolder:
             f"{config.where}: dtype = {dtype!r}: supported are {', '.join(DTYPE_BYTES)}"
         )
     num_heads = config.whole("num_attention_heads")
+    known = config.values.get("vocab_size") is not None
     return ModelFolder(
         path=path,
         architecture=architectures[0],
@@ -116,6 +125,7 @@ def read_model_folder(path: Path) -> ModelFolder:
         num_kv_heads=config.whole("num_key_value_heads", num_heads),
         head_dim=config.whole("head_dim", config.whole("hidden_size") // num_heads),
         context_length=config.whole("max_position_embeddings"),
+        vocab_size=config.whole("vocab_size") if known else None,
         dtype=dtype,
         config=config,
     )
@@ -153,28 +163,49 @@ def weight_files(path: Path) -> list[Path]:
     return files
 
 
-def model_fingerprint(path: Path, progress: Progress | None = None) -> str:
+def model_fingerprint(
+    path: Path, progress: Progress | None = None, cache: DigestCache | None = None
+) -> str:
     """32 hex digits of what the model computes: its config and the bytes of its weight files.
 
     Two folders are interchangeable when these are equal; the tokenizer does not count. Reads every
-    weight once, calling `progress` after each piece. Raises BadModelFolder.
+    weight file that `cache` does not know, calling `progress` after each piece; the log says which
+    folder's files it knew. Raises BadModelFolder.
     """
     config = dict(read_json(path / CONFIG).values)
     for key in ORIGIN_KEYS:
         config.pop(key, None)
     canonical = json.dumps(config, sort_keys=True, separators=(",", ":"))
     files = weight_files(path)
-    total, done = sum(file.stat().st_size for file in files), 0
+    sizes = [file.stat().st_size for file in files]
+    done, total = 0, sum(sizes)
+
+    def advance(num_bytes: int) -> None:
+        nonlocal done
+        done += num_bytes
+        if progress:
+            progress(done, total)
+
     # a digest of digests: no bytes can move from one file's end to the next one's start
     whole = hashlib.sha256(hashlib.sha256(canonical.encode()).digest())
-    buffer = memoryview(bytearray(READ_BYTES))
-    for file in files:
-        digest = hashlib.sha256()
+    known_before = cache.num_hits if cache else 0
+    for file, size in zip(files, sizes, strict=True):
         with file.open("rb", buffering=0) as stream:
-            while count := stream.readinto(buffer):
-                digest.update(buffer[:count])
-                done += count
-                if progress:
-                    progress(done, total)
-        whole.update(digest.digest())
+            compute = partial(_sha256, stream, advance)
+            start = done
+            whole.update(cache.digest(stream.fileno(), compute) if cache else compute())
+        if done < start + size:  # the cache knew it
+            advance(start + size - done)
+    if cache and cache.num_hits > known_before:
+        log.info("digests.from_cache", model=str(path), files=cache.num_hits - known_before,
+                 of=len(files), cache=str(cache.directory))  # fmt: skip
     return whole.hexdigest()[:32]
+
+
+def _sha256(stream: FileIO, advance: Callable[[int], None]) -> bytes:
+    digest = hashlib.sha256()
+    buffer = memoryview(bytearray(READ_BYTES))
+    while count := stream.readinto(buffer):
+        digest.update(buffer[:count])
+        advance(count)
+    return digest.digest()
