@@ -45,6 +45,7 @@ class AgeQueue:
 
     def __init__(self) -> None:
         self._requests: dict[int, Request] = {}  # by number, so by age
+        self._of_session: dict[Session, dict[int, Request]] = {}
         self._active: dict[int, Request] = {}  # few, where many may wait
         self._next = 1
 
@@ -52,8 +53,9 @@ class AgeQueue:
         """Number `count` sequences; returns the first of their consecutive numbers."""
         first = self._next
         self._next += count
+        own = self._of_session.setdefault(session, {})
         for number in range(first, self._next):
-            self._requests[number] = Request(number, session)
+            self._requests[number] = own[number] = Request(number, session)
         return first
 
     def get(self, session: Session, number: int) -> Request:
@@ -66,6 +68,10 @@ class AgeQueue:
 
     def end(self, request: Request) -> None:
         del self._requests[request.number]
+        own = self._of_session[request.session]
+        del own[request.number]
+        if not own:
+            del self._of_session[request.session]
         self._active.pop(request.number, None)
 
     def drop_session(self, session: Session) -> None:
@@ -76,6 +82,11 @@ class AgeQueue:
         """The request got what it wanted."""
         request.running, request.demand = True, 0
         self._active[request.number] = request
+
+    def wants_nothing(self, request: Request) -> None:
+        """What a request that does not run was refused before, it does not want now."""
+        request.demand = 0
+        self._active.pop(request.number, None)
 
     def yielded(self, request: Request) -> None:
         """The request gave its pages back and queues again, with its old number."""
@@ -127,11 +138,14 @@ class AgeQueue:
             request.overdue = now - request.asked_since_s >= YIELD_PATIENCE_S
 
     def of_session(self, session: Session) -> list[Request]:
-        return [r for r in self._requests.values() if r.session is session]
+        return list(self._of_session.get(session, {}).values())
+
+    def __len__(self) -> int:
+        return len(self._requests)
 
     def counts(self) -> tuple[int, int]:
         """(running, waiting) requests."""
-        running = sum(r.running for r in self._requests.values())
+        running = sum(r.running for r in self._active.values())
         return running, len(self._requests) - running
 
     def check(self) -> None:
@@ -140,4 +154,7 @@ class AgeQueue:
         active = {n: r for n, r in self._requests.items() if r.running or r.demand}
         assert active == self._active
         assert all(n < self._next for n in self._requests)
+        own = [r for of_one in self._of_session.values() for r in of_one.values()]
+        assert sorted(r.number for r in own) == sorted(self._requests)
+        assert all(self._of_session.values())
         assert not any(r.asked and not r.running for r in self._requests.values())

@@ -87,6 +87,38 @@ class NoPages(KvdError):
     retryable = True
 
 
+class OverLimit(KvdError):
+    """More than a configured limit allows. Details: `limit` (its name), `value`, `most`."""
+
+    code = "OVER_LIMIT"
+
+
+class OverQuota(KvdError):
+    """More pages retained by operators than their share of the pool. Details: `wanted`, `most`."""
+
+    code = "OVER_QUOTA"
+
+
+class StaleVersion(KvdError):
+    """KV of an older weights version than the model's: compute on, but publish it no more.
+    Details: `version`, `minimum`."""
+
+    code = "STALE_VERSION"
+
+
+class Detached(KvdError):
+    """The pages before these were flushed, so nothing can be matched behind them: compute on, but
+    publish this sequence no more."""
+
+    code = "DETACHED"
+
+
+class UnknownHandle(KvdError):
+    """A sequence or ticket that this session does not have, or that is over."""
+
+    code = "UNKNOWN_HANDLE"
+
+
 class Draining(KvdError):
     """The daemon is shutting down and admits nothing new."""
 
