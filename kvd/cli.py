@@ -55,12 +55,18 @@ SERVE_FLAGS = {
     "--socket-dir": ("DIR", "where the sockets are (default: /run/kvd or $XDG_RUNTIME_DIR/kvd)"),
     "--log-level": ("LEVEL", "debug, info, warning or error"),
     "--log-format": ("FORMAT", "auto, json or console"),
+    "--max-sessions": ("N", "processes attached at once, over all pools (default: 1024)"),
     "--model": ("DIR", "the pool's model folder, which says its layout"),
     "--layout": ("LAYOUT", "instead of a model: num_layers=2,num_kv_heads=2,head_dim=32"),
     "--pool-name": ("NAME", "default: the model folder's name"),
     "--pool-size": ("SIZE", "256MiB, 4096 pages (default: 256MiB)"),
     "--page-size": ("TOKENS", "tokens a page, a power of two from 8 to 256 (default: 16)"),
     "--kv-dtype": ("DTYPE", "auto, float32, bfloat16 or float16 (default: auto)"),
+    "--policy": ("NAME", "which cached pages go first (default: lru)"),
+    "--operator-quota": ("SHARE", "of the pool that retain may keep, 0 to 1 (default: 0.25)"),
+    "--ttl-s": ("SECONDS", "unused KV is matched no more after so long (default: no end)"),
+    "--limits": ("LIMITS", "of one client: max_prompt_tokens=32768,max_pages_a_session=4096"),
+    "--events": ("EVENTS", "publish KV events: endpoint=tcp://127.0.0.1:5557,hwm=100000"),
 }
 
 

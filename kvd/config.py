@@ -5,20 +5,51 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-from kvd.config_check import below, num_pools, refuse_pool_flags_for_many, refuse_unknown
+import structlog
+
+from kvd.config_check import (
+    below,
+    num_tables,
+    refuse_pool_flags_for_many,
+    refuse_unknown,
+    refuse_unknown_variables,
+)
 from kvd.config_error import ConfigError
-from kvd.config_fields import DAEMON_FIELDS, LAYOUT_FIELDS, POOL_FIELDS, pool_name
-from kvd.config_sources import Setting, Settings, from_environment, from_file, from_flags
+from kvd.config_keys import DAEMON_FIELDS
+from kvd.config_model import unserved
+from kvd.config_pool import LayoutConfig, PoolConfig, pool_config
+from kvd.config_sources import Setting, from_environment, from_file, from_flags
+from kvd.options import OptionsError, check_options
+from kvd.policies import POLICIES
+from kvd_shared.digest_cache import DigestCache
 from kvd_shared.layout import PoolLayout
-from kvd_shared.model_folder import Progress, model_fingerprint, read_model_folder
-from kvd_shared.sizes import PoolSize, format_bytes
+from kvd_shared.lease import LEASE_SOCKET, RPC_SOCKET
+from kvd_shared.model_folder import (
+    Progress,
+    model_fingerprint,
+    read_model_folder,
+    weight_files,
+)
+from kvd_shared.sizes import format_bytes
 from kvd_shared.socket_dir import default_socket_dir
 
-DEFAULT_SIZE = PoolSize(256 << 20, "bytes")
+__all__ = [
+    "DaemonConfig",
+    "KvdConfig",
+    "LayoutConfig",
+    "PoolConfig",
+    "ResolvedPool",
+    "check_pool",
+    "load_config",
+    "resolve_pool",
+]
+
 MIN_PAGES = 2  # one is read while another is written
 MAX_PAGES = 1 << 31  # page ids are int32 in block tables
+
+log = structlog.get_logger()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,28 +58,7 @@ class DaemonConfig:
     log_level: str = "info"
     log_format: str = "auto"
     drain_timeout_s: float = 30.0
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LayoutConfig:
-    """Geometry given by hand, instead of a model folder's."""
-
-    num_layers: int
-    num_kv_heads: int
-    head_dim: int
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PoolConfig:
-    """One pool. Exactly one of `model` and `layout` is set."""
-
-    name: str  # unique
-    model: Path | None = None  # folder
-    layout: LayoutConfig | None = None
-    page_size: int = 16  # tokens
-    kv_dtype: str = "auto"
-    size: PoolSize = DEFAULT_SIZE
-    device: str = "cpu"
+    max_sessions: int = 1024  # attached at once, over all pools
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,6 +72,7 @@ def load_config(path: Path | None, env: Mapping[str, str], flags: Mapping[str, s
 
     Raises ConfigError. Model folders are not opened here.
     """
+    refuse_unknown_variables(env)
     settings = (from_file(path) if path else {}) | from_environment(env)
     refuse_pool_flags_for_many(settings, flags)
     settings |= from_flags(flags)
@@ -69,7 +80,9 @@ def load_config(path: Path | None, env: Mapping[str, str], flags: Mapping[str, s
     daemon = {key: DAEMON_FIELDS[key](s) for key, s in below(settings, ("daemon",)).items()}
     if "socket_dir" not in daemon:
         daemon["socket_dir"] = _default_socket_dir(env)
-    pools = tuple(_pool(settings, number) for number in range(num_pools(settings)))
+    pools = tuple(
+        pool_config(settings, number) for number in range(num_tables(settings, ("pool",)))
+    )
     if not pools:
         raise ConfigError("no pool is configured: add a [[pool]] with a model, or give --model")
     names = [pool.name for pool in pools]
@@ -78,7 +91,9 @@ def load_config(path: Path | None, env: Mapping[str, str], flags: Mapping[str, s
             raise ConfigError(
                 f"{names.count(name)} pools have the name {name!r}: give each its own `name`"
             )
-    return KvdConfig(daemon=DaemonConfig(**daemon), pools=pools)
+    config = KvdConfig(daemon=DaemonConfig(**daemon), pools=pools)
+    _refuse_shared_endpoints(config)
+    return config
 
 
 class ResolvedPool(NamedTuple):
@@ -87,13 +102,39 @@ class ResolvedPool(NamedTuple):
     layout: PoolLayout
     num_pages: int
     model_fingerprint: str | None  # None: of any model of this layout
+    vocab_size: int | None  # None: not known
 
 
-def resolve_pool(pool: PoolConfig, progress: Progress | None = None) -> ResolvedPool:
-    """Read the pool's model folder, if it has one (all of it: the fingerprint covers the weights).
+def check_pool(pool: PoolConfig) -> None:
+    """Raises what `resolve_pool` can raise, without reading the weights: for the moment before
+    anything is made."""
+    _sized(pool)
+    if pool.model is not None:
+        weight_files(pool.model)
 
-    Raises BadModelFolder, or ConfigError when the size is not enough for 2 pages.
+
+def resolve_pool(
+    pool: PoolConfig, progress: Progress | None = None, cache: DigestCache | None = None
+) -> ResolvedPool:
+    """Read the pool's model folder, if it has one (the fingerprint covers the weights, which are
+    read where `cache` does not know their digests).
+
+    Warns of a model that modelworker does not serve. Raises BadModelFolder, or ConfigError when
+    the pool is too small: for 2 pages, or for what its cache options promise.
     """
+    layout, num_pages = _sized(pool)
+    if pool.model is None:
+        return ResolvedPool(layout, num_pages, None, None)
+    folder = read_model_folder(pool.model)
+    for why in unserved(folder):
+        log.warning("pool.model_unserved", pool=pool.name, why=why,
+                    effect="modelworker refuses this folder; other engines may attach")  # fmt: skip
+    fingerprint = model_fingerprint(pool.model, progress, cache)
+    return ResolvedPool(layout, num_pages, fingerprint, folder.vocab_size)
+
+
+def _sized(pool: PoolConfig) -> tuple[PoolLayout, int]:
+    """Layout and number of pages."""
     dtype = "float32" if pool.kv_dtype == "auto" else pool.kv_dtype
     if pool.layout is not None:
         layout = PoolLayout(
@@ -113,31 +154,29 @@ def resolve_pool(pool: PoolConfig, progress: Progress | None = None) -> Resolved
             f"{format_bytes(layout.page_bytes)} ({layout.describe()}); "
             f"must be from {MIN_PAGES} to {MAX_PAGES} pages"
         )
-    fingerprint = model_fingerprint(pool.model, progress) if pool.model else None
-    return ResolvedPool(layout, num_pages, fingerprint)
+    try:
+        check_options(pool.cache, POLICIES, num_pages)
+    except OptionsError as e:
+        raise ConfigError(f"pool {pool.name!r}: {e}") from e
+    return layout, num_pages
 
 
-def _pool(settings: Settings, number: int) -> PoolConfig:
-    here = ("pool", number)
-    own, layout = below(settings, here), below(settings, (*here, "layout"))
-    values: dict[str, Any] = {key: POOL_FIELDS[key](s) for key, s in own.items()}
-    model = own.get("model")
-    if model and layout:
-        geometry = next(iter(layout.values()))
-        raise ConfigError(
-            f"pool[{number}] has both a model ({model.origin}: {model.label}) and a layout "
-            f"({geometry.origin}: {geometry.label}): a model folder says its layout, give one"
-        )
-    if model:
-        folder = Setting(values["model"].name, f"pool[{number}].name", "from the model folder")
-        values = {"name": values.get("name") or pool_name(folder)} | values
-    elif not layout:
-        raise ConfigError(f"pool[{number}] has neither a model (folder) nor a layout")
-    else:
-        if missing := LAYOUT_FIELDS.keys() - layout.keys():
-            raise ConfigError(f"pool[{number}].layout: missing: {', '.join(sorted(missing))}")
-        values["layout"] = LayoutConfig(**{k: LAYOUT_FIELDS[k](s) for k, s in layout.items()})
-    return PoolConfig(**{"name": "default"} | values)
+def _refuse_shared_endpoints(config: KvdConfig) -> None:
+    """Two sockets on one address: the second would fail, or on ipc:// take it from the first."""
+    users = {
+        f"ipc://{config.daemon.socket_dir / file}": f"the daemon's {file}"
+        for file in (LEASE_SOCKET, RPC_SOCKET)
+    }
+    for pool in config.pools:
+        for key in ("endpoint", "replay_endpoint"):
+            address = getattr(pool.events, key, None)
+            if address in users:
+                raise ConfigError(
+                    f"pool {pool.name!r}: events.{key} = {address!r} is the address of "
+                    f"{users[address]}, too: give each its own"
+                )
+            if address:
+                users[address] = f"pool {pool.name!r}, events.{key}"
 
 
 def _default_socket_dir(env: Mapping[str, str]) -> Path:

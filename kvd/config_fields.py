@@ -1,29 +1,38 @@
-"""What each configuration key accepts."""
+"""What the values of configuration keys may be."""
 
 from __future__ import annotations
 
 import math
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from kvd.config_error import ConfigError
 from kvd.config_sources import Setting
-from kvd_shared.layout import DTYPE_BYTES, MAX_PAGE_SIZE, MIN_PAGE_SIZE
+from kvd_shared.layout import MAX_PAGE_SIZE, MIN_PAGE_SIZE
 from kvd_shared.sizes import PoolSize
-from kvd_shared.socket_dir import check_socket_dir
+from kvd_shared.socket_dir import MAX_SOCKET_PATH_BYTES, check_socket_dir
 
 Field = Callable[[Setting], Any]  # the value that a setting means; raises ConfigError
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", re.ASCII)
+_TCP = re.compile(r"tcp://(?:\*|[A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\]):([0-9]{1,5})", re.ASCII)
 SUPPORTED_DEVICES = ("cpu",)
 
 
 def text(setting: Setting) -> str:
     if not isinstance(setting.value, str) or not setting.value:
         raise setting.refuse("must be a text that is not empty")
+    return setting.value
+
+
+def any_text(setting: Setting) -> str:
+    """Also an empty one."""
+    if not isinstance(setting.value, str):
+        raise setting.refuse("must be a text")
     return setting.value
 
 
@@ -45,15 +54,44 @@ def whole_number(setting: Setting) -> int:
     return value
 
 
-def seconds(setting: Setting) -> float:
+def whole_up_to(limit: int) -> Field:
+    def field(setting: Setting) -> int:
+        value = whole_number(setting)
+        if value > limit:
+            raise setting.refuse(f"must be a whole number from 1 to {limit}")
+        return value
+
+    return field
+
+
+def _number(setting: Setting, wanted: str) -> float:
     value = setting.value
     with suppress(ValueError):  # refused below, as the text it is
         value = float(value) if setting.is_text else value
     if not isinstance(value, int | float) or isinstance(value, bool):
-        raise setting.refuse("must be a number of seconds")
+        raise setting.refuse(f"must be {wanted}")
+    return float(value)
+
+
+def seconds(setting: Setting) -> float:
+    value = _number(setting, "a number of seconds")
     if not (math.isfinite(value) and value >= 0):
         raise setting.refuse("must be a number of seconds of at least 0")
-    return float(value)
+    return value
+
+
+def lifetime(setting: Setting) -> float:
+    value = _number(setting, "a number of seconds")
+    if not (math.isfinite(value) and value > 0):
+        raise setting.refuse("must be a number of seconds over 0; leave it out for no end")
+    return value
+
+
+def share(setting: Setting) -> float:
+    value = _number(setting, "a fraction of the pool, such as 0.25")
+    if not 0 <= value <= 1:
+        raise setting.refuse("must be from 0 to 1, a fraction of the pool")
+    return value
 
 
 def page_size(setting: Setting) -> int:
@@ -72,12 +110,28 @@ def pool_size(setting: Setting) -> PoolSize:
         raise setting.refuse(str(e)) from e
 
 
-def pool_name(setting: Setting) -> str:
+def name(setting: Setting) -> str:
     if not _NAME.fullmatch(text(setting)):
         raise setting.refuse(
             "must be 1 to 64 letters, digits, '.', '_' or '-', beginning with a letter or digit"
         )
     return str(setting.value)
+
+
+def salt(setting: Setting) -> bytes:
+    """As text. Messages do not repeat it: a tenant's salt may be its secret."""
+    if not isinstance(setting.value, str):
+        raise ConfigError(f"{setting.origin}: {setting.label}: must be a text; or give salt_hex")
+    return setting.value.encode()
+
+
+def salt_hex(setting: Setting) -> bytes:
+    try:
+        return bytes.fromhex(setting.value)
+    except (ValueError, TypeError):
+        raise ConfigError(
+            f"{setting.origin}: {setting.label}: must be a text of hex digits, two a byte"
+        ) from None
 
 
 def folder(setting: Setting) -> Path:
@@ -99,22 +153,24 @@ def device(setting: Setting) -> str:
     return str(setting.value)
 
 
-DAEMON_FIELDS: Mapping[str, Field] = {
-    "socket_dir": socket_dir,
-    "log_level": one_of("debug", "info", "warning", "error"),
-    "log_format": one_of("auto", "json", "console"),
-    "drain_timeout_s": seconds,
-}
-LAYOUT_FIELDS: Mapping[str, Field] = {
-    "num_layers": whole_number,
-    "num_kv_heads": whole_number,
-    "head_dim": whole_number,
-}
-POOL_FIELDS: Mapping[str, Field] = {
-    "name": pool_name,
-    "model": folder,
-    "page_size": page_size,
-    "kv_dtype": one_of("auto", *DTYPE_BYTES),
-    "size": pool_size,
-    "device": device,
-}
+def endpoint(setting: Setting) -> str:
+    """A ZeroMQ address to bind. Not `inproc` or an abstract name, which nobody else could find or
+    everybody could take."""
+    value = text(setting)
+    path = value.removeprefix("ipc://")
+    if path != value:
+        if not path.startswith("/") or path.endswith("/"):
+            raise setting.refuse("must have a file's absolute path, as in ipc:///run/kvd/events")
+        size = len(os.fsencode(path))
+        if size > MAX_SOCKET_PATH_BYTES:
+            raise setting.refuse(
+                f"is too long for a socket: {size} bytes, the limit is {MAX_SOCKET_PATH_BYTES}"
+            )
+        return value
+    tcp = _TCP.fullmatch(value)
+    if not tcp or not 1 <= int(tcp[1]) <= 65535:
+        raise setting.refuse(
+            "must be ipc:///PATH or tcp://ADDRESS:PORT with a port from 1 to 65535, as in "
+            "ipc:///run/kvd/events or tcp://127.0.0.1:5557"
+        )
+    return value

@@ -25,12 +25,23 @@ FLAGS: dict[str, KeyPath] = {
     "--socket-dir": ("daemon", "socket_dir"),
     "--log-level": ("daemon", "log_level"),
     "--log-format": ("daemon", "log_format"),
+    "--max-sessions": ("daemon", "max_sessions"),
     "--model": ("pool", 0, "model"),
     "--layout": ("pool", 0, "layout"),
     "--pool-name": ("pool", 0, "name"),
     "--pool-size": ("pool", 0, "size"),
     "--page-size": ("pool", 0, "page_size"),
     "--kv-dtype": ("pool", 0, "kv_dtype"),
+    "--policy": ("pool", 0, "policy"),
+    "--operator-quota": ("pool", 0, "operator_quota"),
+    "--ttl-s": ("pool", 0, "ttl_s"),
+    "--limits": ("pool", 0, "limits"),
+    "--events": ("pool", 0, "events"),
+}  # none for tenants: every user of the host can read a command line, and so the salts in it
+TABLE_FLAGS = {
+    "--layout": "num_layers=2,num_kv_heads=2,head_dim=32",
+    "--limits": "max_prompt_tokens=32768,max_pages_a_session=4096",
+    "--events": "endpoint=tcp://127.0.0.1:5557,buffer_steps=10000",
 }
 
 
@@ -73,7 +84,7 @@ def from_environment(env: Mapping[str, str]) -> Settings:
     """`KVD_DAEMON__LOG_LEVEL`, `KVD_POOL__0__LAYOUT__HEAD_DIM` and so on.
 
     `KVD_SOCKET_DIR`, which clients read, is the daemon's socket_dir too. Other variables without
-    a double underscore are not ours to judge.
+    a double underscore are config_check's to judge.
     """
     settings: Settings = {}
     if env.get(SOCKET_DIR_VARIABLE):
@@ -95,20 +106,20 @@ def from_environment(env: Mapping[str, str]) -> Settings:
 def from_flags(flags: Mapping[str, str]) -> Settings:
     """Values given on the command line, by flag (`--page-size`); pool flags are for pool 0.
 
-    `--layout` is `num_layers=2,num_kv_heads=2,head_dim=32`.
+    A flag of a whole table is like `--layout num_layers=2,num_kv_heads=2,head_dim=32`.
     """
     settings: Settings = {}
     for flag, value in flags.items():
         setting = Setting(value, flag, "command line", True)
-        if flag != "--layout":
+        if flag not in TABLE_FLAGS:
             settings[FLAGS[flag]] = setting
             continue
         for part in value.split(","):
-            name, equals, number = part.partition("=")
+            name, equals, inner = part.partition("=")
             if not equals:
-                raise setting.refuse("must be like num_layers=2,num_kv_heads=2,head_dim=32")
+                raise setting.refuse(f"must be like {TABLE_FLAGS[flag]}")
             settings[*FLAGS[flag], name.strip()] = Setting(
-                number.strip(), f"--layout {name.strip()}", "command line", True
+                inner.strip(), f"{flag} {name.strip()}", "command line", True
             )
     return settings
 
@@ -125,7 +136,7 @@ def _leaves(value: Any, path: KeyPath) -> Iterator[tuple[KeyPath, Any]]:
     items: Iterable[tuple[Key, Any]] = ()
     if isinstance(value, dict):
         items = value.items()
-    elif isinstance(value, list) and path == ("pool",):
+    elif isinstance(value, list) and (path == ("pool",) or path[2:] == ("tenant",)):
         items = enumerate(value)
     for key, child in items:
         yield from _leaves(child, (*path, key))

@@ -55,6 +55,7 @@ def test_a_bad_configuration_is_78_with_one_line(
     assert serve("--socket-dir", str(tmp_path), *arguments) == 78
     error = capsys.readouterr().err
     assert message in error and error.startswith("kvd: ") and error.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []  # no lock file that a daemon would wonder about
 
 
 def test_a_second_daemon_is_5(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

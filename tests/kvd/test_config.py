@@ -1,10 +1,12 @@
 import json
+import time
 from pathlib import Path
 
 import pytest
 
-from kvd.config import KvdConfig, LayoutConfig, load_config, resolve_pool
+from kvd.config import KvdConfig, LayoutConfig, check_pool, load_config, resolve_pool
 from kvd.config_error import ConfigError
+from kvd_shared.digest_cache import DigestCache
 from kvd_shared.model_folder import BadModelFolder
 from kvd_shared.sizes import PoolSize
 
@@ -29,7 +31,7 @@ def test_defaults(tmp_path: Path) -> None:
     config = load(tmp_path, POOL, {"KVD_SOCKET_DIR": "/srv/kvd"})
     assert config.daemon.socket_dir == Path("/srv/kvd")
     assert (config.daemon.log_level, config.daemon.log_format) == ("info", "auto")
-    assert config.daemon.drain_timeout_s == 30
+    assert (config.daemon.drain_timeout_s, config.daemon.max_sessions) == (30, 1024)
     (pool,) = config.pools
     assert pool.layout == LayoutConfig(num_layers=2, num_kv_heads=2, head_dim=8)
     assert (pool.name, pool.model, pool.page_size) == ("default", None, 16)
@@ -80,7 +82,7 @@ def test_a_flag_wins_over_the_environment_which_wins_over_the_file(tmp_path: Pat
 
 
 def test_no_file_is_needed() -> None:
-    env = ENV | {"KVD_POOL__0__LAYOUT__HEAD_DIM": "8", "HOME": "/root", "KVD_UNRELATED": "1"}
+    env = ENV | {"KVD_POOL__0__LAYOUT__HEAD_DIM": "8", "HOME": "/root", "KVDX": "1"}
     flags = {"--layout": "num_layers=2, num_kv_heads=2"}
     (pool,) = load_config(None, env, flags).pools
     assert pool.layout == LayoutConfig(num_layers=2, num_kv_heads=2, head_dim=8)
@@ -114,6 +116,8 @@ def test_a_pool_is_named_after_its_model_folder(tmp_path: Path) -> None:
         ("[daemon]\ndrain_timeout_s = -1\n" + POOL, ["= -1", "at least 0"]),
         ("[daemon]\ndrain_timeout_s = inf\n" + POOL, ["= inf", "at least 0"]),
         ("[daemon]\ndrain_timeout_s = '3'\n" + POOL, ["= '3'", "number of seconds"]),
+        ("[daemon]\nmax_sessions = 0\n" + POOL, ["daemon.max_sessions = 0", "at least 1"]),
+        ("[daemon]\nmax_sessions = 65537\n" + POOL, ["= 65537", "from 1 to 65536"]),
         ("[pool]\nsize = '1MiB'\n", ["pool: must be written as [[pool]]"]),
         ("pool = [1]\n", ["pool[0]", "[[pool]]"]),
         ("daemon = 1\n", ["daemon: must be written as [daemon]"]),
@@ -157,6 +161,35 @@ def test_what_is_wrong_in_the_environment_is_named(
         assert part in message
 
 
+@pytest.mark.parametrize(
+    ("variable", "hint"),
+    [
+        ("KVD_LOG_LEVEL", "did you mean KVD_DAEMON__LOG_LEVEL?"),
+        ("KVD_DAEMON_LOG_LEVEL", "did you mean KVD_DAEMON__LOG_LEVEL?"),
+        ("KVD_POOL_SIZE", "did you mean KVD_POOL__0__SIZE?"),
+        ("KVD_SOCKETDIR", "did you mean KVD_DAEMON__SOCKET_DIR?"),
+        ("KVD_QUOTA_X", "known are KVD_SOCKET_DIR and such as KVD_DAEMON__LOG_LEVEL"),
+    ],
+)
+def test_a_variable_that_sets_nothing_is_refused(tmp_path: Path, variable: str, hint: str) -> None:
+    message = refusal(tmp_path, POOL, {variable: "1"})
+    assert message == f"environment: {variable}: no such setting; {hint}"
+
+
+def test_what_kubernetes_sets_for_a_service_named_kvd_is_not_taken_for_settings(
+    tmp_path: Path,
+) -> None:
+    env = {
+        "KVD_PORT": "tcp://10.0.0.1:5557",
+        "KVD_PORT_5557_TCP": "tcp://10.0.0.1:5557",
+        "KVD_PORT_5557_TCP_ADDR": "10.0.0.1",
+        "KVD_SERVICE_HOST": "10.0.0.1",
+        "KVD_SERVICE_PORT_EVENTS": "5557",
+        "KVD_METRICS_SERVICE_PORT": "9100",
+    }
+    assert load(tmp_path, POOL, env).pools[0].name == "default"
+
+
 def test_what_is_wrong_in_a_flag_is_named(tmp_path: Path) -> None:
     assert "command line: --page-size = '12'" in refusal(tmp_path, POOL, page_size="12")
     assert "--layout = '2x2x8': must be like num_layers=2" in refusal(tmp_path, "", layout="2x2x8")
@@ -191,7 +224,7 @@ def test_without_any_directory_for_sockets_the_variables_are_named(
 
 def test_a_layout_resolves_to_pages(tmp_path: Path) -> None:
     (pool,) = load(tmp_path, POOL + "size = '1MiB'\nkv_dtype = 'float16'\n").pools
-    layout, num_pages, fingerprint = resolve_pool(pool)
+    layout, num_pages, fingerprint, _ = resolve_pool(pool)
     assert layout.page_bytes == 16 * 2 * 2 * 2 * 8 * 2 and layout.dtype == "float16"
     assert (num_pages, fingerprint) == ((1 << 20) // layout.page_bytes, None)
 
@@ -230,5 +263,38 @@ def test_a_model_folder_resolves_to_its_geometry_and_fingerprint(tmp_path: Path)
 
 def test_an_absent_model_folder_is_refused(tmp_path: Path) -> None:
     (pool,) = load(tmp_path, "", model=str(tmp_path / "absent")).pools
-    with pytest.raises(BadModelFolder, match="absent"):
-        resolve_pool(pool)
+    for refuse in (check_pool, resolve_pool):
+        with pytest.raises(BadModelFolder, match="absent"):
+            refuse(pool)
+
+
+def write_tiny_config(folder: Path) -> None:
+    config = {
+        "architectures": ["LlamaForCausalLM"],
+        "num_hidden_layers": 1,
+        "num_attention_heads": 1,
+        "hidden_size": 8,
+        "max_position_embeddings": 64,
+    }
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+def test_a_folder_without_weights_is_refused_before_anything_is_read(tmp_path: Path) -> None:
+    write_tiny_config(tmp_path)
+    (pool,) = load(tmp_path, "", model=str(tmp_path), pool_name="m").pools
+    with pytest.raises(BadModelFolder, match="has neither"):
+        check_pool(pool)
+    (tmp_path / "model.safetensors").write_bytes(b"")
+    check_pool(pool)
+
+
+def test_digests_come_from_the_cache_that_is_given(tmp_path: Path) -> None:
+    write_tiny_config(tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(b"weights")
+    (pool,) = load(tmp_path, "", model=str(tmp_path), pool_name="m").pools
+    later_ns = time.time_ns() + 10**12
+    without = resolve_pool(pool).model_fingerprint
+    for num_hits in (0, 1):
+        cache = DigestCache(tmp_path / "cache", lambda: later_ns)
+        assert resolve_pool(pool, None, cache).model_fingerprint == without
+        assert cache.num_hits == num_hits
