@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import secrets
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from kvd.cache import CacheManager
+from kvd.events.publisher import Publisher
 from kvd.page_pool import MemfdPool
 from kvd.session import Session
 from kvd_shared.errors import (
     Draining,
     LayoutMismatch,
     NotAllowed,
+    OverLimit,
     SessionEnded,
     UnknownPool,
     brief,
@@ -22,6 +25,8 @@ from kvd_shared.errors import (
 from kvd_shared.layout import PoolLayout
 from kvd_shared.lease import GEOMETRY, AttachRequest, PoolOffer
 from kvd_shared.wire import TOKEN_LENGTH
+
+MAX_SESSIONS = 1024  # unless configured
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,16 +73,24 @@ class Attachment:
 
 
 class Daemon:
-    """Invariants: tokens name listed attachments; an attachment is listed until what it held
-    has come back."""
+    """Invariants: tokens name listed attachments; an attachment is listed until its process is
+    proven dead, or has detached."""
 
-    def __init__(self, pools: list[Pool], socket_dir: Path, now: float) -> None:
+    def __init__(
+        self, pools: list[Pool], socket_dir: Path, now: float, max_sessions: int = MAX_SESSIONS
+    ) -> None:
         self.socket_dir = socket_dir
+        self.max_sessions = max_sessions
         self.pools = {pool.name: pool for pool in pools}
         self.started_s = now
         self.draining = False
         self.attachments: dict[int, Attachment] = {}
+        self.wake: Callable[[], None] = lambda: (
+            None
+        )  # told when others may wait for news, or there are chores
         self.gone: Callable[[Attachment], None] = lambda attachment: None  # told once for each
+        self.publishers: dict[str, Publisher] = {}  # of KV events, by pool
+        self.refused: Counter[str] = Counter()  # requests, by the error's code
         self._by_token: dict[bytes, Attachment] = {}
         self._next_id = 1
 
@@ -96,6 +109,14 @@ class Daemon:
             )
         if self.draining:
             raise Draining("the daemon is shutting down: attach again when it is back")
+        if len(self.attachments) >= self.max_sessions:
+            raise OverLimit(
+                f"{self.max_sessions} processes are attached, as many as may be "
+                "(daemon.max_sessions): end one first, or raise the limit",
+                limit="max_sessions",
+                value=len(self.attachments) + 1,
+                most=self.max_sessions,
+            )
         pool = self._pool_for(request) if request.role == "worker" else None
         session_id, self._next_id = self._next_id, self._next_id + 1
         session = pool.cache.open_session(session_id, request.name, now) if pool else None
@@ -154,6 +175,7 @@ class Daemon:
         attachment.ended = True
         if attachment.pool and attachment.session:
             attachment.pool.cache.end_session(attachment.session)
+            self.wake()
 
     def dead(self, attachment: Attachment, now: float) -> None:
         """The process is proven dead, or has detached: what it held comes back."""
@@ -162,7 +184,8 @@ class Daemon:
             return
         del self._by_token[attachment.token]
         if attachment.pool and attachment.session:
-            attachment.pool.cache.release_session(attachment.session, now)
+            attachment.pool.cache.release_session(attachment.session)
+            self.wake()
         self.gone(attachment)
 
     def drain(self) -> None:
@@ -192,4 +215,4 @@ class Daemon:
     @property
     def num_requests(self) -> int:
         """Sequences that have begun and not ended, of all pools."""
-        return sum(sum(pool.cache.queue.counts()) for pool in self.pools.values())
+        return sum(len(pool.cache.queue) for pool in self.pools.values())

@@ -1,191 +1,137 @@
-"""What an admin may ask. Reads change nothing."""
+"""What an admin may ask. Reads change nothing; what would take longer than a turn is sliced."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
-from hashlib import blake2b
-from typing import Any
 
-import numpy as np
-
-from kvd import __version__
 from kvd.arguments import Arguments
-from kvd.cache import CacheManager
-from kvd.cache_check import check_cache
-from kvd.daemon import Daemon, Pool
-from kvd_shared.errors import BadRequest, UnknownPool, brief
-from kvd_shared.refs import refs_from_bytes
-from kvd_shared.wire import PROTOCOL_VERSION
+from kvd.audit import audit as audit_cache
+from kvd.daemon import Attachment, Daemon
+from kvd.explain import explain as explain_match
+from kvd.page_map import page_counts, page_states, state_of
+from kvd.report_parts import Result, Sliced, named_pool, space_to_wire
+from kvd.status_report import status
+from kvd.tree_report import tree
+from kvd_shared.errors import BadRequest
+from kvd_shared.refs import REF_BYTES, generation_of
 
-Result = dict[str, Any]
-FREE, WRITING, ACTIVE, SHARED, CACHED, DUPLICATE, QUARANTINED = range(7)
+MAX_REQUESTS = 1000  # shown of one session
+RETAINED_A_SLICE = 200
 
 
-def status(daemon: Daemon, args: Arguments, now: float) -> Result:
+def pages(daemon: Daemon, args: Arguments, now: float) -> Sliced:
+    pool = named_pool(daemon, args)
     args.done()
-    return {
-        "version": __version__,
-        "protocol": PROTOCOL_VERSION,
-        "pid": os.getpid(),
-        "uptime_s": now - daemon.started_s,
-        "draining": daemon.draining,
-        "socket_dir": str(daemon.socket_dir),
-        "num_sessions": len(daemon.attachments),
-        "pools": [_pool(pool) for pool in daemon.pools.values()],
-    }
-
-
-def pages(daemon: Daemon, args: Arguments, now: float) -> Result:
-    pool = _named(daemon, args)
-    args.done()
-    states = page_states(pool.cache)
+    counts = yield from page_counts(pool.cache)
+    states = yield from page_states(pool.cache)
     return {
         "pool": pool.name,
         "num_pages": pool.cache.num_pages,
-        "counts": _counts(states),
+        "counts": counts,
         "map": states.tobytes(),
     }
 
 
-def tree(daemon: Daemon, args: Arguments, now: float) -> Result:
-    pool, limit = _named(daemon, args), args.number("max_nodes")
-    args.done()
-    if limit < 1:
-        raise BadRequest(f"tree: max_nodes = {limit} must be at least 1")
-    by_namespace: dict[Any, list[Result]] = {}
-    count = 0
-    for count, node in enumerate(pool.cache.tree.nodes(), start=1):
-        if count > limit:
-            break
-        parent = node.parent
-        assert parent is not None
-        by_namespace.setdefault(node.namespace, []).append(
-            {
-                "id": node.id,
-                "parent": None if parent.is_root else parent.id,
-                "pages": node.num_pages,
-                "tokens": node.num_pages * pool.cache.page_size,
-                # not the tokens: prompts are private
-                "digest": _digest(node.tokens),
-                "holders": len(node.holders),
-                "last_use_s": None if node.protected else now - node.last_use_s,
-            }
-        )
-    return {
-        "pool": pool.name,
-        "page_size": pool.cache.page_size,
-        "truncated": count > limit,
-        "namespaces": [
-            {
-                "model": space.model,
-                "weights_version": space.weights_version,
-                "adapter": _digest(space.adapter),
-                "salt": _digest(space.salt),
-                "nodes": nodes,
-            }
-            for space, nodes in by_namespace.items()
-        ],
-    }
-
-
-def sessions(daemon: Daemon, args: Arguments, now: float) -> Result:
+def sessions(daemon: Daemon, args: Arguments, now: float) -> Sliced:
     args.done()
     found = []
-    for a in daemon.attachments.values():
-        requests = a.pool.cache.queue.of_session(a.session) if a.pool and a.session else []
-        found.append(
-            {
-                "id": a.id,
-                "name": a.name,
-                "role": a.role,
-                "pid": a.pid,
-                "uid": a.uid,
-                "pool": a.pool.name if a.pool else None,
-                "age_s": now - a.attached_s,
-                "state": "quarantined" if a.ended else "live",
-                "held_pages": a.session.num_held_pages if a.session else 0,
-                "writing_pages": len(a.session.writing) if a.session else 0,
-                "requests": [{"number": r.number, "running": r.running} for r in requests],
-            }
-        )
+    for attachment in list(daemon.attachments.values()):
+        found.append(_session(attachment, now))
+        yield
     return {"sessions": found}
 
 
-def audit(daemon: Daemon, args: Arguments, now: float) -> Result:
-    pool = _named(daemon, args)
+def audit(daemon: Daemon, args: Arguments, now: float) -> Sliced:
+    pool = named_pool(daemon, args)
     args.done()
-    try:
-        check_cache(pool.cache)
-    except AssertionError as e:
-        return {"pool": pool.name, "ok": False, "finding": str(e) or "an invariant does not hold"}
-    return {"pool": pool.name, "ok": True, "finding": None}
+    found = yield from audit_cache(pool.cache)
+    return {"pool": pool.name, **found}
 
 
-def _digest(private: bytes) -> str:
-    """What is shown of prompts and tenants' salts; nothing for nothing."""
-    return blake2b(private, digest_size=6).hexdigest() if private else ""
+def explain(daemon: Daemon, args: Arguments, now: float) -> Sliced:
+    pool = named_pool(daemon, args)
+    cache, namespace = pool.cache, args.namespace()
+    tokens = args.tokens(cache.vocab_size, cache.options.limits.max_prompt_tokens)
+    args.done()
+    if not tokens:
+        raise BadRequest("explain: no tokens: a prompt has at least one")
+    found = yield from explain_match(cache, namespace, tokens, now)
+    return {"pool": pool.name, **found}
 
 
-def page_states(cache: CacheManager) -> np.ndarray[tuple[int], np.dtype[np.uint8]]:
-    """One state a page: what the page map shows."""
-    states = np.zeros(cache.num_pages, dtype=np.uint8)
-    for node in cache.tree.nodes():
-        live = sum(not session.ended for session in node.holders)
-        held = QUARANTINED if node.holders and not live else (CACHED, ACTIVE, SHARED)[min(live, 2)]
-        states[refs_from_bytes(node.refs) & 0xFFFF_FFFF] = held
+def who_holds(daemon: Daemon, args: Arguments, now: float) -> Result:
+    pool, page = named_pool(daemon, args), args.number("page")
+    args.done()
+    cache = pool.cache
+    if not 0 <= page < cache.num_pages:
+        raise BadRequest(f"who_holds: page {page}: the pool has pages 0 to {cache.num_pages - 1}")
+    ref = cache.free_list.current(page)
+    node = cache.tree.node_of(ref)
+    holders = []
     for session in cache.sessions.values():
-        for own, state in ((session.writing, WRITING), (session.sealed, DUPLICATE)):
-            mine = np.fromiter(own, dtype=np.int64, count=len(own)) & 0xFFFF_FFFF
-            states[mine] = QUARANTINED if session.ended else state
-    return states
-
-
-def _counts(states: np.ndarray[tuple[int], np.dtype[np.uint8]]) -> dict[str, int]:
-    n = np.bincount(states, minlength=7).tolist()
+        own = session.own(ref)
+        count = node.holders.get(session, 0) if node else own[ref] if own else 0
+        if count:
+            holders.append({"session": session.id, "name": session.name, "holds": count})
     return {
-        "free": n[FREE],
-        "writing": n[WRITING],
-        "active": n[ACTIVE] + n[SHARED],
-        "cached": n[CACHED],
-        "duplicate": n[DUPLICATE],
-        "quarantined": n[QUARANTINED],
+        "pool": pool.name,
+        "page": page,
+        "generation": generation_of(ref),
+        "state": state_of(cache, ref).name.lower(),
+        "holders": holders,
+        "position": cache.tree.depth_of(page) if node else None,
     }
 
 
-def _pool(pool: Pool) -> Result:
-    states = page_states(pool.cache)
-    running, waiting = pool.cache.queue.counts()
-    counters = pool.cache.counters
+def retained(daemon: Daemon, args: Arguments, now: float) -> Sliced:
+    """What operators keep. `matchable`: it has not been flushed since."""
+    pool = named_pool(daemon, args)
+    args.done()
+    cache, found = pool.cache, []
+    for number, one in list(cache.operator.retained.items()):
+        num_pages = len(one.refs) // REF_BYTES
+        node = cache.tree.node_of(int.from_bytes(one.refs[:REF_BYTES], "little"))
+        entry = {
+            "number": number,
+            "pages": num_pages,
+            "tokens": num_pages * cache.page_size,
+            "expires_s": None if one.expires_s is None else one.expires_s - now,
+            "matchable": node is not None and node.root.live,
+        }
+        found.append(entry | space_to_wire(one.namespace))
+        if len(found) % RETAINED_A_SLICE == 0:
+            yield
     return {
-        "name": pool.name,
-        "device": pool.device,
-        "layout": pool.layout.to_wire(),
-        "model": pool.model,
-        "page_bytes": pool.layout.page_bytes,
-        "num_pages": pool.cache.num_pages,
-        "counts": _counts(states),
-        "shared_pages": int((states == SHARED).sum()),
-        "namespaces": pool.cache.tree.num_namespaces,
+        "pool": pool.name,
+        "num_pages": cache.operator.num_pages,
+        "quota": cache.operator.quota,
+        "retained": found,
+    }
+
+
+def _session(attachment: Attachment, now: float) -> Result:
+    pool, session = attachment.pool, attachment.session
+    requests = pool.cache.queue.of_session(session) if pool and session else []
+    running = sum(request.running for request in requests)
+    return {
+        "id": attachment.id,
+        "name": attachment.name,
+        "role": attachment.role,
+        "pid": attachment.pid,
+        "uid": attachment.uid,
+        "pool": pool.name if pool else None,
+        "age_s": now - attachment.attached_s,
+        "state": "quarantined" if attachment.ended else "live",
+        "held_pages": session.num_held_pages if session else 0,
+        "writing_pages": len(session.writing) if session else 0,
+        "leased_pages": len(session.leased) if session else 0,
+        "sequences": len(session.sequences) if session else 0,
         "running_requests": running,
-        "waiting_requests": waiting,
-        "tokens_asked": counters.tokens_asked,
-        "tokens_matched": counters.tokens_matched,
-        "evicted_pages": counters.evicted_pages,
-        "published_pages": counters.published_pages,
-        "duplicate_pages": counters.duplicate_pages,
+        "waiting_requests": len(requests) - running,
+        "requests": [{"number": r.number, "running": r.running} for r in requests[:MAX_REQUESTS]],
     }
 
 
-def _named(daemon: Daemon, args: Arguments) -> Pool:
-    name = args.optional_string("pool")
-    if name is None and len(daemon.pools) == 1:
-        return next(iter(daemon.pools.values()))
-    if name not in daemon.pools:
-        raise UnknownPool(f"no pool {brief(name)}; there are: {', '.join(sorted(daemon.pools))}")
-    return daemon.pools[name]
-
-
-REPORTS: dict[str, Callable[[Daemon, Arguments, float], Result]] = {
-    f.__name__: f for f in (status, pages, tree, sessions, audit)
+REPORTS: dict[str, Callable[[Daemon, Arguments, float], Result | Sliced]] = {
+    f.__name__: f for f in (status, pages, tree, sessions, audit, explain, who_holds, retained)
 }

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections import deque
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +17,13 @@ import msgpack
 import structlog
 import zmq
 
-from kvd.daemon import Attachment, Daemon
+from kvd.chores import Chores
+from kvd.daemon import Daemon
 from kvd.dispatch import perform
-from kvd_shared.errors import BadRequest, KvdError
+from kvd.report_parts import Sliced
+from kvd_shared.calls import arrays_out
+from kvd_shared.errors import BadRequest, Busy, KvdError
 from kvd_shared.lease import RPC_SOCKET
-from kvd_shared.verbs import arrays_out
 from kvd_shared.wire import (
     MAX_FRAME_BYTES,
     PROTOCOL_VERSION,
@@ -30,7 +33,14 @@ from kvd_shared.wire import (
 )
 
 FLUSH_MS = 500  # for the last answers, on closing
-MESSAGES_A_TURN = 32  # then timers and leases have their turn
+MAX_INLINE_BYTES = 1 << 20  # of a reply's header, in arrays
+TURN_S = 0.0005  # then timers, leases and chores have their turn
+REMEMBERED_ROUTES = 4096
+MAX_WAITING = 1024  # messages of one peer, behind a long request
+
+# Plain integers: with pyzmq's enums each use costs a microsecond.
+EVENTS, POLLIN = int(zmq.EVENTS), int(zmq.POLLIN)
+NOBLOCK, SNDMORE = int(zmq.NOBLOCK), int(zmq.SNDMORE)
 
 log = structlog.get_logger()
 _HEADER = {"v", "session", "seq", "op", "args"}
@@ -52,32 +62,80 @@ class RpcServer:
         except zmq.ZMQError as e:
             raise OSError(e.errno, f"cannot listen on {self._path}: {e.strerror}") from e
         self._path.chmod(0o660)
+        self._pids: dict[bytes, int] = {}  # by route
+        # by route, while a long request of it is under way: (pid, frames) of what came behind it
+        self._under_way: dict[bytes, deque[tuple[int, list[bytes]]]] = {}
+        self._chores = Chores(daemon, loop)
+        daemon.wake = self._wake
         self._fd = int(self._socket.getsockopt(zmq.FD))
         loop.add_reader(self._fd, self._turn)
 
     def close(self) -> None:
         self._loop.remove_reader(self._fd)
+        self._chores.close()
         self._socket.close(linger=FLUSH_MS)
         self._context.term()  # waits for that
         self._path.unlink(missing_ok=True)
 
+    def _wake(self) -> None:
+        """Something has happened to a session: others may wait for news of it, and there may be
+        chores."""
+        if not self._socket.closed:
+            self.pass_on_notices()
+            self._chores.wake()
+
     def _turn(self) -> None:
         if self._socket.closed:  # between this turn and the one before
             return
-        # Also after an error: what is queued makes no new edge on the descriptor.
-        again = self._loop.call_soon(self._turn)
-        for _ in range(MESSAGES_A_TURN):
-            try:
-                sender = self._socket.recv(zmq.NOBLOCK, copy=False)
-            except zmq.Again:
-                again.cancel()
-                return
-            frames = self._socket.recv_multipart() if sender.more else []
-            route = sender.bytes
-            self._send(route, self._answer(route, peer_pid(sender), frames))
-            self._pass_on_yields()
+        socket: Any = self._socket
+        end = time.monotonic() + TURN_S
+        done = False
+        try:
+            # the descriptor has an edge only where nothing was queued: read until nothing is
+            while socket.getsockopt(EVENTS) & POLLIN:
+                frame = sender = socket.recv(NOBLOCK, False)
+                route, frames = sender.bytes, []
+                while frame.more:
+                    frame = socket.recv(NOBLOCK, False)
+                    frames.append(frame.bytes)
+                self._handle(route, self._pid_of(route, sender), frames)
+                if time.monotonic() >= end:
+                    break
+            else:
+                done = True
+        finally:
+            if not done:  # also after an error
+                self._loop.call_soon(self._turn)
+            self._chores.wake()
 
-    def _answer(self, route: bytes, pid: int, frames: list[bytes]) -> list[bytes]:
+    def _handle(self, route: bytes, pid: int, frames: list[bytes]) -> None:
+        """Answer a message, after those that came before it from the same peer."""
+        waiting = self._under_way.get(route)
+        if waiting is None:
+            answer = self._answer(route, pid, frames)
+        elif len(waiting) < MAX_WAITING:
+            waiting.append((pid, frames))
+            return
+        else:
+            answer = self._refusal(0, Busy(f"{MAX_WAITING} messages wait behind a long request"))
+        if answer is not None:
+            self._send(route, answer)
+        self.pass_on_notices()
+
+    def _pid_of(self, route: bytes, sender: zmq.Frame) -> int:
+        """The process at the other end of a connection. Routes that libzmq itself gave (they begin
+        with a zero byte, which no client's own may) are never another connection's."""
+        pid = self._pids.get(route)
+        if pid is None:
+            pid = peer_pid(sender)
+            if route.startswith(b"\0"):
+                if len(self._pids) >= REMEMBERED_ROUTES:
+                    self._pids.clear()
+                self._pids[route] = pid
+        return pid
+
+    def _answer(self, route: bytes, pid: int, frames: list[bytes]) -> list[bytes] | None:
+        """The answer, or None if it comes later: the request is done in slices."""
         seq = 0
         try:
             header = read_header(frames)
@@ -91,33 +149,112 @@ class RpcServer:
             result = perform(
                 self._daemon, attachment, header["op"], header["args"], frames, time.monotonic()
             )
-            return _reply(seq, result)
-        except KvdError as e:
-            return error_reply(seq, e)
+            if isinstance(result, dict):
+                return self._reply(seq, result)
+            if attachment.role == "admin":  # before anything is done
+                self._chores.check_room()
+            done = _slice(result)  # most need no second one
+            if done is not None:
+                return self._reply(seq, done)
+            self._under_way[route] = deque()
+            self._chores.add(result, lambda job: self._advance(job, route, seq))
+            return None
         except Exception as e:
+            return self._refusal(seq, e)
+
+    def _advance(self, job: Sliced, route: bytes, seq: int) -> bool:
+        """One slice of a request; the last one answers it, and what has come behind it."""
+        try:
+            result = _slice(job)
+            if result is None:
+                return True
+            answer = self._reply(seq, result)
+        except Exception as e:
+            answer = self._refusal(seq, e)
+        self._send(route, answer)
+        self.pass_on_notices()
+        waiting = self._under_way.pop(route)
+        while waiting:
+            self._handle(route, *waiting.popleft())
+            if route in self._under_way:  # that one is long, too
+                self._under_way[route] = waiting
+                break
+        return False
+
+    def _refusal(self, seq: int, error: Exception) -> list[bytes]:
+        if not isinstance(error, KvdError):
             # A bug must not take the pages of every worker with it. `audit` tells what it did.
-            log.exception("rpc.internal_error")
-            return error_reply(seq, KvdError(f"internal error: {type(e).__name__}: {e}"))
+            log.error("rpc.internal_error", exc_info=error)
+            error = KvdError(f"internal error: {type(error).__name__}: {error}")
+        self._daemon.refused[error.code] += 1
+        return error_reply(seq, error)
 
-    def _pass_on_yields(self) -> None:
+    def _reply(self, seq: int, result: dict[str, Any]) -> list[bytes]:
+        writer = _ReplyWriter()
+        if "results" in result:
+            result = {"results": [self._entry(entry, writer) for entry in result["results"]]}
+        else:
+            result = arrays_out(result, writer)
+        return writer.message({"v": PROTOCOL_VERSION, "seq": seq, "result": result})
+
+    def _entry(self, entry: dict[str, Any], writer: FrameWriter) -> dict[str, Any]:
+        if "error" in entry:
+            self._daemon.refused[entry["error"]["code"]] += 1
+            return entry
+        return {"result": arrays_out(entry["result"], writer)}
+
+    def pass_on_notices(self) -> None:
+        """Tell the workers what the caches have for them."""
         for pool in self._daemon.pools.values():
-            while pool.cache.to_yield:
-                request = pool.cache.to_yield.pop()
+            notices = pool.cache.notices
+            if not notices:
+                continue
+            pool.cache.notices = []
+            for kind, request, tokens in notices:
                 attachment = self._daemon.attachments.get(request.session.id)
-                if attachment is not None:
-                    self._notify(attachment, "yield", request.number)
+                if attachment is not None and attachment.route is not None:
+                    self._notify(attachment.route, kind, request.number, tokens)
 
-    def _notify(self, attachment: Attachment, kind: str, request: int) -> None:
-        if attachment.route is not None:
-            notice = {"v": PROTOCOL_VERSION, "notice": kind, "request": request}
-            log.info("request.asked_to_yield", session=attachment.id, request=request)
-            self._send(attachment.route, [msgpack.packb(notice)])
+    def _notify(self, route: bytes, kind: str, request: int, tokens: int) -> None:
+        notice = {"v": PROTOCOL_VERSION, "notice": kind, "request": request, "tokens": tokens}
+        if kind == "yield":
+            log.info("request.asked_to_yield", request=request)
+        self._send(route, [msgpack.packb(notice)])
 
     def _send(self, route: bytes, frames: list[bytes]) -> None:
         try:
-            self._socket.send_multipart([route, *frames], zmq.NOBLOCK, copy=False)
+            self._socket.send(route, NOBLOCK | SNDMORE)
+            for frame in frames[:-1]:
+                self._socket.send(frame, NOBLOCK | SNDMORE)
+            self._socket.send(frames[-1], NOBLOCK)
         except zmq.ZMQError as e:  # EHOSTUNREACH: it is gone. EAGAIN: it does not read.
             log.warning("rpc.reply_dropped", reason=str(e))
+
+
+class _ReplyWriter(FrameWriter):
+    """Puts short arrays into frames as well once the header has many. A reply must not be too
+    large: what it tells of has been done."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._inline = MAX_INLINE_BYTES
+
+    def array(self, raw: bytes) -> bytes | int:
+        if len(raw) <= self._inline:
+            self._inline -= len(raw)
+            return super().array(raw)
+        self.frames.append(raw)
+        return len(self.frames)
+
+
+def _slice(job: Sliced) -> dict[str, Any] | None:
+    """One slice more: the result if it was the last."""
+    try:
+        next(job)
+    except StopIteration as e:
+        result: dict[str, Any] = e.value
+        return result
+    return None
 
 
 def peer_pid(frame: zmq.Frame) -> int:
@@ -127,16 +264,3 @@ def peer_pid(frame: zmq.Frame) -> int:
         return int(user_group_pid.rpartition(":")[2])
     except (zmq.ZMQError, ValueError):
         return 0
-
-
-def _reply(seq: int, result: dict[str, Any]) -> list[bytes]:
-    writer = FrameWriter()
-    if "results" in result:
-        result = {"results": [_entry(entry, writer) for entry in result["results"]]}
-    else:
-        result = arrays_out(result, writer)
-    return writer.message({"v": PROTOCOL_VERSION, "seq": seq, "result": result})
-
-
-def _entry(entry: dict[str, Any], writer: FrameWriter) -> dict[str, Any]:
-    return entry if "error" in entry else {"result": arrays_out(entry["result"], writer)}

@@ -10,9 +10,23 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from kvd import __version__
-from kvd.admin import pages, sessions, status, tree
+from kvd.admin import (
+    audit,
+    evict,
+    explain,
+    flush,
+    pages,
+    raise_weights_version,
+    release,
+    retain,
+    retained,
+    sessions,
+    status,
+    tree,
+    who_holds,
+)
 from kvd.admin.style import Style
-from kvd.admin.verb import Reply, Verb, seconds
+from kvd.admin.verb import Reply, UsageError, Verb, seconds
 from kvd_shared import exit_codes
 
 SCHEMA = "kvd/v1"
@@ -21,12 +35,22 @@ VERBS: dict[str, Verb] = {
     "pages": pages.VERB,
     "tree": tree.VERB,
     "sessions": sessions.VERB,
+    "who-holds": who_holds.VERB,
+    "explain": explain.VERB,
+    "audit": audit.VERB,
+    "evict": evict.VERB,
+    "flush": flush.VERB,
+    "raise-weights-version": raise_weights_version.VERB,
+    "retain": retain.VERB,
+    "retained": retained.VERB,
+    "release": release.VERB,
 }
 EXIT_CODES = f"""\
 exit codes: {exit_codes.OK} ok, {exit_codes.RUNTIME_ERROR} runtime error, \
 {exit_codes.USAGE} usage, {exit_codes.UNREACHABLE} daemon unreachable, \
 {exit_codes.NOT_FOUND} not found, {exit_codes.TIMEOUT} timeout, \
-{exit_codes.INCOMPATIBLE} another protocol version, {exit_codes.BAD_CONFIG} no socket folder known
+{exit_codes.INCOMPATIBLE} another protocol version, \
+{exit_codes.PROBLEM_FOUND} audit found a fault, {exit_codes.BAD_CONFIG} no socket folder known
 """
 
 
@@ -39,19 +63,26 @@ def main(argv: Sequence[str] | None = None) -> int:
         code, reply = _ask(verb, args)
         if reply is not None:
             print(_shown(verb, reply, args), flush=True)
-    except BrokenPipeError:
-        # `| head` has seen enough; without this the interpreter's own flush would complain
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except BrokenPipeError:  # `| head` has seen enough
+        _write_no_more()
         return exit_codes.OK
+    except OSError as e:  # a full disk
+        _write_no_more()
+        return _fail(f"cannot write the answer: {e.strerror}", exit_codes.RUNTIME_ERROR)
     except KeyboardInterrupt:
         return exit_codes.INTERRUPTED
     return code
 
 
+def _write_no_more() -> None:
+    """Without this the interpreter's own flush would complain."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="kvdctl",
-        description="Looks at a running kvd. Changes nothing.",
+        description="Looks at a running kvd, and changes what it keeps.",
         epilog=EXIT_CODES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -91,26 +122,37 @@ def _ask(verb: Verb, args: argparse.Namespace) -> tuple[int, Reply | None]:
         DaemonUnreachable,
         KvdError,
         ProtocolMismatch,
+        UnknownHandle,
         UnknownPool,
     )
     from kvd_shared.socket_dir import NoSocketDir, default_socket_dir
 
     try:
         directory = args.socket_dir or default_socket_dir(os.environ)
+        request = verb.call(args) if verb.look is None else None  # wrong usage needs no daemon
     except NoSocketDir as e:
         return _fail(e, exit_codes.BAD_CONFIG), None
+    except UsageError as e:
+        return _fail(e, exit_codes.USAGE), None
     try:
         with KvdClient.attach(
             directory, name="kvdctl", role="admin", timeout_s=args.timeout
         ) as client:
-            return exit_codes.OK, client.call(verb.call(args), args.timeout)
+            if verb.look is not None:
+                args.seen = client.call(verb.look(args), args.timeout)
+                request = verb.call(args)
+            assert request is not None
+            reply = client.call(request, args.timeout)
+            return verb.code(reply), reply
+    except UsageError as e:
+        return _fail(e, exit_codes.USAGE), None
     except DaemonTimeout as e:
         return _fail(e, exit_codes.TIMEOUT), None
     except DaemonUnreachable as e:
         return _fail(e, exit_codes.UNREACHABLE), None
     except ProtocolMismatch as e:
         return _fail(e, exit_codes.INCOMPATIBLE), None
-    except UnknownPool as e:
+    except (UnknownPool, UnknownHandle) as e:
         return _fail(e, exit_codes.NOT_FOUND), None
     except KvdError as e:
         return _fail(e, exit_codes.RUNTIME_ERROR), None
@@ -122,6 +164,6 @@ def _shown(verb: Verb, reply: Reply, args: argparse.Namespace) -> str:
     return verb.page(reply, Style.of(sys.stdout, os.environ), args)
 
 
-def _fail(error: Exception, code: int) -> int:
+def _fail(error: Exception | str, code: int) -> int:
     print(f"kvdctl: {error}", file=sys.stderr)
     return code

@@ -1,11 +1,11 @@
 """`kvdctl pages`: a map of a pool's pages.
 
 Message   {"op": "pages", "args": {"pool": nil}}
-Reply     {"pool": "default", "num_pages": 4096, "counts": {"free": 4000, "writing": 0,
+Reply     {"pool": "default", "num_pages": 4096, "counts": {"free": 4000, "leased": 0, "writing": 0,
            "active": 90, "cached": 6, "duplicate": 0, "quarantined": 0},
-           "map": one byte a page, its number in PAGE_STATES}
+           "map": one byte a page, a kvd_shared.page_state.PageState}
 Command   kvdctl pages [--pool NAME] [--rows 24] [-o json]
-          JSON has the map as a string of digits, and their names as "states".
+          JSON has the map as a string of digits, and the states' names in their order as "states".
 """
 
 from __future__ import annotations
@@ -13,16 +13,16 @@ from __future__ import annotations
 from argparse import ArgumentParser, Namespace
 from typing import Any
 
-from kvd.admin.page_states import PAGE_STATES
+from kvd.admin.page_states import LEGENDS, name_of
 from kvd.admin.style import Style, count, percent
-from kvd.admin.verb import Reply, Verb, positive
+from kvd.admin.verb import Reply, Verb, pool_argument, positive
+from kvd_shared.page_state import PageState
 
-QUARANTINED = len(PAGE_STATES) - 1
 DEFAULT_ROWS = 24
 
 
 def arguments(parser: ArgumentParser) -> None:
-    parser.add_argument("--pool", metavar="NAME", help="which pool, if there are several")
+    pool_argument(parser)
     parser.add_argument(
         "--rows",
         type=positive,
@@ -41,7 +41,7 @@ def call(args: Namespace) -> Any:
 
 def as_json(reply: Reply) -> Reply:
     digits = "".join(map(str, reply["map"]))
-    return reply | {"map": digits, "states": [state.name for state in PAGE_STATES]}
+    return reply | {"map": digits, "states": [name_of(state) for state in PageState]}
 
 
 def render(reply: Reply, style: Style, rows: int = DEFAULT_ROWS) -> str:
@@ -57,11 +57,11 @@ def render(reply: Reply, style: Style, rows: int = DEFAULT_ROWS) -> str:
         row = cells[first : first + cells_a_row]
         lines.append(f"{first * pages_a_cell:>{margin - 1}} {_painted(row, style)}")
     lines.append("")
-    for number, state in enumerate(PAGE_STATES):
-        pages = states.count(number)
+    for state, legend in LEGENDS.items():
+        pages = states.count(state)
         lines.append(
-            f"{style.paint(state.mark, state.color)} {state.name:<11} {pages:>{margin + 2},} "
-            f"{percent(pages, total):>7}  {state.meaning}"
+            f"{style.paint(legend.mark, legend.color)} {name_of(state):<11} {pages:>{margin + 2},} "
+            f"{percent(pages, total):>7}  {legend.meaning}"
         )
     return "\n".join(lines)
 
@@ -73,9 +73,9 @@ def _scale(pages_a_cell: int) -> str:
 
 
 def _cell(states: bytes) -> int:
-    if QUARANTINED in states:
-        return QUARANTINED
-    return max(range(len(PAGE_STATES)), key=states.count)
+    if PageState.QUARANTINED in states:
+        return PageState.QUARANTINED
+    return max(PageState, key=states.count)
 
 
 def _painted(cells: bytes, style: Style) -> str:
@@ -83,8 +83,8 @@ def _painted(cells: bytes, style: Style) -> str:
     text, first = "", 0
     for end in range(1, len(cells) + 1):
         if end == len(cells) or cells[end] != cells[first]:
-            state = PAGE_STATES[cells[first]]
-            text += style.paint(state.mark * (end - first), state.color)
+            legend = LEGENDS[PageState(cells[first])]
+            text += style.paint(legend.mark * (end - first), legend.color)
             first = end
     return text
 

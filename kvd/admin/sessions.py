@@ -3,7 +3,9 @@
 Message   {"op": "sessions", "args": {}}
 Reply     {"sessions": [{"id": 3, "name": "w0", "role": "worker", "pid": 812, "uid": 0,
            "pool": "default" or nil, "age_s": 5.2, "state": "live" or "quarantined",
-           "held_pages": 26, "writing_pages": 1, "requests": [{"number": 9, "running": true}]}]}
+           "held_pages": 26, "writing_pages": 1, "leased_pages": 2, "sequences": 1,
+           "running_requests": 1, "waiting_requests": 0,
+           "requests": [{"number": 9, "running": true}] (the first 1000)}]}
 Command   kvdctl sessions [-o json]
 """
 
@@ -15,8 +17,8 @@ from typing import Any
 from kvd.admin.style import Style, duration, printable, table
 from kvd.admin.verb import Reply, Verb
 
-HEAD = ("ID", "NAME", "ROLE", "POOL", "PID", "UID", "AGE", "STATE", "HELD", "WRITING")
-HEAD_REQUESTS = ("RUNNING", "WAITING")
+HEAD = ("ID", "NAME", "ROLE", "POOL", "PID", "UID", "AGE", "STATE", "HELD")
+HEAD_WORK = ("WRITING", "LEASED", "RUNNING", "WAITING")
 
 
 def call(args: Namespace) -> Any:
@@ -27,11 +29,10 @@ def call(args: Namespace) -> Any:
 
 def render(reply: Reply, style: Style) -> str:
     rows = [_row(session) for session in sorted(reply["sessions"], key=lambda s: s["id"])]
-    return table(HEAD + HEAD_REQUESTS, rows, style)
+    return table(HEAD + HEAD_WORK, rows, style)
 
 
 def _row(session: Reply) -> list[str | int]:
-    running = sum(request["running"] for request in session["requests"])
     return [
         str(session["id"]),
         printable(session["name"]),
@@ -43,8 +44,9 @@ def _row(session: Reply) -> list[str | int]:
         session["state"],
         session["held_pages"],
         session["writing_pages"],
-        running,
-        len(session["requests"]) - running,
+        session["leased_pages"],
+        session["running_requests"],
+        session["waiting_requests"],
     ]
 
 

@@ -2,12 +2,8 @@
 
 Message   {"op": "status", "args": {}}
 Reply     {"version": "0.1.0", "pid": 812, "uptime_s": 5.2, "protocol": 1, "socket_dir": "/run/kvd",
-           "draining": false, "num_sessions": 2, "pools": [{"name": "default", "device": "cpu",
-           "layout": {...}, "model": "9c1e…" or nil, "page_bytes": 32768, "num_pages": 4096,
-           "counts": {"free": 4000, "writing": 0, "active": 90, "cached": 6, "duplicate": 0,
-           "quarantined": 0}, "shared_pages": 40, "namespaces": 1, "tokens_asked": 4096,
-           "tokens_matched": 2048, "evicted_pages": 0, "published_pages": 96,
-           "duplicate_pages": 0, "waiting_requests": 0, "running_requests": 2}]}
+           "draining": false, "num_sessions": 2, "refused": {"NO_PAGES": 3}, "pools": [{...}]};
+           docs/protocol.md has the fields of a pool
 Command   kvdctl status [-o json]
 """
 
@@ -16,9 +12,10 @@ from __future__ import annotations
 from argparse import Namespace
 from typing import Any
 
-from kvd.admin.page_states import PAGE_STATES
-from kvd.admin.style import Style, count, duration, key_values, percent
+from kvd.admin.page_states import LEGENDS, name_of
+from kvd.admin.style import Style, count, duration, key_values, percent, printable
 from kvd.admin.verb import Reply, Verb
+from kvd_shared.page_state import PageState
 from kvd_shared.sizes import format_bytes
 
 BAR_WIDTH = 40
@@ -36,13 +33,19 @@ def render(reply: Reply, style: Style) -> str:
         f"  up {duration(reply['uptime_s'])}  pid {reply['pid']}  protocol {reply['protocol']}"
         f"  {count(reply['num_sessions'], 'session')}  {reply['socket_dir']}{draining}"
     )
-    return "\n\n".join([head, *(_pool(pool, style) for pool in reply["pools"])])
+    refused = [f"{code} {number:,}" for code, number in sorted(reply["refused"].items())]
+    tail = [f"refused requests: {', '.join(refused)}"] if refused else []
+    return "\n\n".join([head, *(_pool(pool, style) for pool in reply["pools"]), *tail])
 
 
 def _pool(pool: Reply, style: Style) -> str:
-    layout = pool["layout"]
-    total = pool["num_pages"]
-    rows = [
+    rows = [*_memory(pool, style), *_use(pool), *_history(pool), *_tenants(pool)]
+    return f"{style.paint('pool ' + pool['name'], 'bold')} ({pool['device']})\n{key_values(rows)}"
+
+
+def _memory(pool: Reply, style: Style) -> list[tuple[str, str]]:
+    layout, total = pool["layout"], pool["num_pages"]
+    return [
         (
             "layout",
             f"{layout['num_layers']} layers x {layout['num_kv_heads']} kv heads x "
@@ -52,50 +55,111 @@ def _pool(pool: Reply, style: Style) -> str:
         ("model", pool["model"] or "any of this layout"),
         ("pages", f"{total:,} ({format_bytes(total * pool['page_bytes'])})  {_bar(pool, style)}"),
         *(("", line) for line in _counts(pool)),
+        ("retained", f"{pool['retained_pages']:,} of {count(pool['retain_quota'], 'page')}"),
+    ]
+
+
+def _use(pool: Reply) -> list[tuple[str, str]]:
+    asked, matched = pool["tokens_asked"], pool["tokens_matched"]
+    own, factor = pool["tokens_matched_own"], pool["sharing_factor"]
+    wasted, slots = pool["wasted_slots"], pool["sequence_slots"]
+    return [
+        ("hits", f"{matched:,} of {asked:,} tokens asked for ({percent(matched, asked)})"),
         (
-            "hits",
-            f"{pool['tokens_matched']:,} of {pool['tokens_asked']:,} tokens asked for "
-            f"({percent(pool['tokens_matched'], pool['tokens_asked'])})",
+            "",
+            f"{own:,} its own · {matched - own:,} of other workers · "
+            f"{pool['tokens_partial']:,} more in partial pages",
         ),
+        ("sharing", "–" if factor is None else f"{factor:.2f} holds a held page"),
         (
-            "since start",
-            f"{pool['published_pages']:,} pages published, {pool['duplicate_pages']:,} duplicates, "
-            f"{pool['evicted_pages']:,} evicted",
+            "waste",
+            f"{wasted:,} of {slots:,} slots of {count(pool['sequences'], 'sequence')} "
+            f"({percent(wasted, slots)})",
         ),
         (
             "requests",
-            f"{pool['running_requests']:,} running, {pool['waiting_requests']:,} waiting",
+            f"{pool['running_requests']:,} running, {pool['waiting_requests']:,} waiting, "
+            f"{pool['announced_requests']:,} announced; {pool['requests_waited']:,} have waited "
+            "for another's prefix",
         ),
         ("namespaces", f"{pool['namespaces']:,}"),
     ]
-    return f"{style.paint('pool ' + pool['name'], 'bold')} ({pool['device']})\n{key_values(rows)}"
 
 
-def _shown_counts(pool: Reply) -> dict[str, int]:
-    """Pages by the states of PAGE_STATES: the daemon counts shared pages as active ones, too."""
-    shared: int = pool["shared_pages"]
-    return pool["counts"] | {"shared": shared, "active": pool["counts"]["active"] - shared}
+def _history(pool: Reply) -> list[tuple[str, str]]:
+    left = [f"{number:,} {why.replace('_', ' ')}" for why, number in pool["left_pages"].items()]
+    return [
+        (
+            "since start",
+            f"{pool['allocated_pages']:,} pages allocated, {pool['published_pages']:,} published, "
+            f"{pool['duplicate_pages']:,} duplicates, {pool['copied_pages']:,} copied",
+        ),
+        ("left", f"{' · '.join(left)} (policy {pool['policy']})"),
+        (
+            "lived",
+            f"median {_median(pool['lifetime_s'])}, unused at last {_median(pool['idle_s'])}",
+        ),
+    ]
+
+
+def _tenants(pool: Reply) -> list[tuple[str, str]]:
+    """Only where there is more than the one of everybody."""
+    lines = [
+        f"{printable(tenant['name'])} {tenant['num_pages']:,} pages "
+        f"({tenant['min_pages']:,} to {tenant['max_pages']:,})"
+        for tenant in pool["tenants"]
+    ]
+    if len(lines) < 2:
+        return []
+    return [("" if number else "tenants", line) for number, line in enumerate(lines)]
+
+
+def _median(histogram: Reply) -> str:
+    """The bucket that has it."""
+    bounds, counts = histogram["bounds"], histogram["counts"]
+    seen, half = 0, sum(counts) / 2
+    for number, pages in enumerate(counts):
+        seen += pages
+        if pages and seen >= half:
+            if number == len(bounds):
+                return f"over {duration(bounds[-1])}"
+            return f"{duration(bounds[number - 1] if number else 0)} to {duration(bounds[number])}"
+    return "–"
+
+
+def _shown_counts(pool: Reply) -> dict[PageState, int]:
+    """Pages by state. The daemon's `active` has the shared and the detached ones, too; pages that
+    are both, or shared with sessions that are over, make these three a little inexact."""
+    counts = {state: pool["counts"].get(name_of(state), 0) for state in PageState}
+    active = pool["counts"]["active"]
+    counts[PageState.DETACHED] = min(pool["detached_pages"], active)
+    active -= counts[PageState.DETACHED]
+    counts[PageState.SHARED] = min(pool["shared_pages"], active)
+    counts[PageState.ACTIVE] = active - counts[PageState.SHARED]
+    return counts
 
 
 def _counts(pool: Reply) -> list[str]:
     counts = _shown_counts(pool)
     parts = [
-        f"{state.name} {counts[state.name]:,} ({percent(counts[state.name], pool['num_pages'])})"
-        for state in PAGE_STATES
+        f"{name_of(state)} {counts[state]:,} ({percent(counts[state], pool['num_pages'])})"
+        for state in LEGENDS
     ]
-    return [" · ".join(parts[:4]), " · ".join(parts[4:])]
+    return [" · ".join(parts[at : at + 4]) for at in range(0, len(parts), 4)]
 
 
 def _bar(pool: Reply, style: Style) -> str:
     """Free pages last. A state that has pages has at least one character."""
     counts, total = _shown_counts(pool), pool["num_pages"]
     bar, used = "", 0
-    for state in PAGE_STATES[1:]:
-        cells = -(-counts[state.name] * BAR_WIDTH // total)
-        cells = min(cells, BAR_WIDTH - used)
-        bar += style.paint(state.mark * cells, state.color)
+    for state, legend in LEGENDS.items():
+        if state is PageState.FREE:
+            continue
+        cells = min(-(-counts[state] * BAR_WIDTH // total), BAR_WIDTH - used)
+        bar += style.paint(legend.mark * cells, legend.color)
         used += cells
-    return bar + style.paint(PAGE_STATES[0].mark * (BAR_WIDTH - used), PAGE_STATES[0].color)
+    free = LEGENDS[PageState.FREE]
+    return bar + style.paint(free.mark * (BAR_WIDTH - used), free.color)
 
 
 VERB = Verb(

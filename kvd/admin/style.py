@@ -42,6 +42,11 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() else "?" for c in text)
 
 
+def shortened(text: str) -> str:
+    """Of a fingerprint or digest as much as tells it from others."""
+    return text if len(text) <= 12 else f"{text[:12]}…"
+
+
 def percent(part: int, whole: int) -> str:
     return f"{100 * part / whole:.1f} %" if whole else "–"
 

@@ -4,7 +4,8 @@ Message   {"op": "tree", "args": {"pool": nil, "max_nodes": 1000}}
 Reply     {"pool": "default", "page_size": 16, "truncated": false, "namespaces": [{
            "model": "9c1e…", "weights_version": 0, "adapter": hex, "salt": hex, "nodes": [
            {"id": 7, "parent": nil, "pages": 26, "tokens": 416, "digest": "a1b2…",
-            "holders": 2, "last_use_s": nil (held) or seconds ago}]}]}
+            "holders": 2, "hits": 5, "priority": 35, "last_use_s": nil (held) or seconds ago,
+            "expires_s": nil (never) or in seconds}]}]}
           Prompts are private: a digest names a node's tokens.
 Command   kvdctl tree [--pool NAME] [--depth 3] [--sort use|pages] [--max-nodes 1000] [-o json]
 """
@@ -15,14 +16,15 @@ from argparse import ArgumentParser, Namespace
 from collections.abc import Iterator
 from typing import Any
 
-from kvd.admin.style import Style, count, duration, printable
-from kvd.admin.verb import Reply, Verb, positive
+from kvd.admin.style import Style, count, duration, printable, shortened
+from kvd.admin.verb import Reply, Verb, pool_argument, positive
 
+DEFAULT_PRIORITY = 35  # everyone's; another one is said
 Children = dict[int | None, list[Reply]]
 
 
 def arguments(parser: ArgumentParser) -> None:
-    parser.add_argument("--pool", metavar="NAME", help="which pool, if there are several")
+    pool_argument(parser)
     parser.add_argument("--depth", type=positive, metavar="N", help="show N levels below the root")
     parser.add_argument(
         "--sort",
@@ -59,8 +61,8 @@ def render(reply: Reply, style: Style, depth: int | None = None, sort: str = "us
 
 def _space(space: Reply, style: Style) -> str:
     nodes = space["nodes"]
-    parts = [f"model {_short(printable(space['model']))}", f"version {space['weights_version']}"]
-    parts += [f"{key} {_short(space[key])}" for key in ("adapter", "salt") if space[key]]
+    parts = [f"model {shortened(printable(space['model']))}", f"version {space['weights_version']}"]
+    parts += [f"{key} {shortened(space[key])}" for key in ("adapter", "salt") if space[key]]
     total = count(sum(node["pages"] for node in nodes), "page")
     return f"{style.paint(', '.join(parts), 'bold')}: {count(len(nodes), 'node')}, {total}"
 
@@ -120,11 +122,12 @@ def _node(node: Reply, style: Style) -> str:
     else:
         use = style.paint(f"used {duration(node['last_use_s'])} ago", "dim")
     size = f"{count(node['tokens'], 'token')}, {count(node['pages'], 'page')}"
-    return f"{node['digest']}  {size}, {use}"
-
-
-def _short(text: str) -> str:
-    return text if len(text) <= 12 else f"{text[:12]}…"
+    more = ""
+    if node["priority"] != DEFAULT_PRIORITY:
+        more += f", priority {node['priority']}"
+    if node["expires_s"] is not None:
+        more += f", expires in {duration(max(node['expires_s'], 0))}"
+    return f"{node['digest']}  {size}, {count(node['hits'], 'hit')}, {use}{more}"
 
 
 VERB = Verb(

@@ -8,8 +8,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from kvd.admin.style import Style
+from kvd_shared import exit_codes
 
 Reply = dict[str, Any]  # as the daemon's reports give it, see each verb
+
+
+class UsageError(Exception):
+    """Arguments that make no request, as argparse cannot know. The message says what would."""
 
 
 def _no_arguments(parser: ArgumentParser) -> None:
@@ -20,10 +25,25 @@ def _as_it_is(reply: Reply) -> Reply:
     return reply
 
 
+def _ok(reply: Reply) -> int:
+    return exit_codes.OK
+
+
+def pool_argument(parser: ArgumentParser) -> None:
+    parser.add_argument("--pool", metavar="NAME", help="which pool, if there are several")
+
+
 def positive(text: str) -> int:
     """An argument that counts something."""
     if not text.isdecimal() or int(text) < 1:
         raise ArgumentTypeError(f"{text!r} must be a whole number of at least 1")
+    return int(text)
+
+
+def whole(text: str) -> int:
+    """An argument that is a number from 0."""
+    if not text.isdecimal():
+        raise ArgumentTypeError(f"{text!r} must be a whole number of at least 0")
     return int(text)
 
 
@@ -40,10 +60,15 @@ def seconds(text: str) -> float:
 
 @dataclass(frozen=True, slots=True)
 class Verb:
-    """One verb: its request, and its reply as a page for people or as JSON."""
+    """One verb: its request, and its reply as a page for people or as JSON.
+
+    `look`: a question to ask first; `call` finds its reply in the arguments as `seen`.
+    """
 
     help: str
-    call: Callable[[Namespace], Any]  # the request, a kvd_shared.verbs.Call
+    call: Callable[[Namespace], Any]  # the request, a kvd_shared.verbs.Call; may raise UsageError
     page: Callable[[Reply, Style, Namespace], str]
     arguments: Callable[[ArgumentParser], None] = _no_arguments
     json: Callable[[Reply], Reply] = _as_it_is
+    look: Callable[[Namespace], Any] | None = None
+    code: Callable[[Reply], int] = _ok

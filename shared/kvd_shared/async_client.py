@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 import zmq.asyncio
 
 from kvd_shared import verbs
+from kvd_shared.calls import Call
 from kvd_shared.client import (
     DEFAULT_TIMEOUT_S,
     connection_open,
@@ -21,7 +22,6 @@ from kvd_shared.client import (
 from kvd_shared.errors import DaemonTimeout, DaemonUnreachable, KvdError
 from kvd_shared.lease import Attached, AttachRequest, attach
 from kvd_shared.rpc import Notice, Reply, RpcCodec, read_reply
-from kvd_shared.verbs import Call
 
 T = TypeVar("T")
 

@@ -18,14 +18,17 @@ from typing import Any, TypeVar
 import zmq
 
 from kvd_shared import verbs
+from kvd_shared.calls import Call
 from kvd_shared.errors import DaemonTimeout, DaemonUnreachable, KvdError
 from kvd_shared.lease import RPC_SOCKET, Attached, AttachRequest, PoolOffer, attach
 from kvd_shared.mapping import PoolMapping
 from kvd_shared.rpc import Notice, Reply, RpcCodec, read_reply
-from kvd_shared.verbs import Call
 
 T = TypeVar("T")
 DEFAULT_TIMEOUT_S = 5.0
+# Plain integers: with pyzmq's enums each use costs a microsecond.
+NOBLOCK, SNDMORE = int(zmq.NOBLOCK), int(zmq.SNDMORE)
+LOOK_MS = 50  # between looks at whether the daemon still lives
 
 
 class KvdClient:
@@ -46,9 +49,7 @@ class KvdClient:
         self._codec = RpcCodec(attached.token)
         self._context = zmq.Context()
         self._socket = open_rpc_socket(self._context, socket_dir)
-        self._poller = zmq.Poller()
-        self._poller.register(self._socket, zmq.POLLIN)
-        self._poller.register(self._connection.fileno(), zmq.POLLIN)
+        self._receive_ms = -1  # the socket's RCVTIMEO
         self._notices: deque[Notice] = deque()
         self._pid = os.getpid()
 
@@ -79,16 +80,16 @@ class KvdClient:
         if os.getpid() != self._pid:
             raise DaemonUnreachable("this session belongs to the parent process: attach anew")
         seq, frames = self._codec.request(call)
-        self._socket.send_multipart(frames, copy=False)
+        for frame in frames[:-1]:
+            self._socket.send(frame, SNDMORE)
+        self._socket.send(frames[-1])
         deadline = time.monotonic() + timeout_s
         while True:
-            incoming = self._receive()
+            incoming = self._wait(deadline, call.op, timeout_s)
             if isinstance(incoming, Notice):
                 self._notices.append(incoming)
-            elif incoming is not None and incoming.seq in (seq, 0):
+            elif incoming.seq in (seq, 0):
                 return read_reply(call, incoming)
-            elif incoming is None:
-                self._wait(deadline, call.op, timeout_s)
 
     def notices(self) -> list[Notice]:
         """What the daemon has said unasked since the last call. Does not wait."""
@@ -130,23 +131,38 @@ class KvdClient:
 
     def _receive(self) -> Reply | Notice | None:
         try:
-            frames: list[Any] = self._socket.recv_multipart(zmq.NOBLOCK)
+            return self._codec.incoming(receive(self._socket, NOBLOCK))
         except zmq.Again:
             return None
-        return self._codec.incoming(frames)
 
-    def _wait(self, deadline: float, op: str, timeout_s: float) -> None:
-        """Return when something may have come. A reply that is there wins over the daemon's end."""
-        left_ms = max(0, int((deadline - time.monotonic()) * 1000))
-        ready = dict(self._poller.poll(left_ms))
-        if self._socket in ready:
-            return
-        if ready and not self.alive:
-            raise DaemonUnreachable(f"the daemon at {self._socket_dir} went away during {op}")
-        if not ready:
-            raise DaemonTimeout(
-                f"the daemon at {self._socket_dir} did not answer {op} within {timeout_s} s"
-            )
+    def _wait(self, deadline: float, op: str, timeout_s: float) -> Reply | Notice:
+        """The next message. A reply that is there wins over the daemon's end."""
+        # Blocking is the quickest way; whether the daemon lives is looked at only now and then.
+        slice_ms = min(LOOK_MS, max(1, int(timeout_s * 1000)))
+        while True:
+            if slice_ms != self._receive_ms:
+                self._receive_ms = slice_ms
+                self._socket.setsockopt(zmq.RCVTIMEO, slice_ms)
+            with suppress(zmq.Again):
+                return self._codec.incoming(receive(self._socket, 0))
+            if not self.alive:
+                raise DaemonUnreachable(f"the daemon at {self._socket_dir} went away during {op}")
+            left_s = deadline - time.monotonic()
+            if left_s <= 0:
+                raise DaemonTimeout(
+                    f"the daemon at {self._socket_dir} did not answer {op} within {timeout_s} s"
+                )
+            slice_ms = max(1, min(LOOK_MS, int(left_s * 1000)))
+
+
+def receive(socket: Any, flags: int) -> list[bytes]:
+    """One message's frames. Raises zmq.Again."""
+    frame = socket.recv(flags, False)
+    frames = [frame.bytes]
+    while frame.more:
+        frame = socket.recv(flags, False)
+        frames.append(frame.bytes)
+    return frames
 
 
 def map_pool(attached: Attached) -> PoolMapping | None:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+from kvd_shared.calls import Call
 from kvd_shared.errors import BadRequest, KvdError, error_from_wire
-from kvd_shared.verbs import Call
 from kvd_shared.wire import PROTOCOL_VERSION, Frames, FrameWriter, read_header
 
 T = TypeVar("T")
@@ -15,10 +15,12 @@ T = TypeVar("T")
 @dataclass(frozen=True, slots=True)
 class Notice:
     """What the daemon says unasked. `yield`: the named sequence is asked to give its pages back
-    and queue again."""
+    and queue again. To a request that waits for what another computes: `progress`, its first
+    `tokens` are cached now; `ready`, all that it waits for is; `ended`, no more will come."""
 
     kind: str
     request: int
+    tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +52,7 @@ class RpcCodec:
         """What a message from the daemon is. Raises BadRequest if it is neither."""
         header = read_header(frames)
         if "notice" in header:
-            return Notice(header["notice"], header["request"])
+            return Notice(header["notice"], header["request"], header.get("tokens", 0))
         if "seq" not in header:
             raise BadRequest("the daemon's message is neither a reply nor a notice")
         return Reply(header["seq"], header, frames)

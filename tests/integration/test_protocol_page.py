@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import inspect
 import re
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -12,17 +14,32 @@ import msgpack
 import numpy as np
 import pytest
 
-from kvd.cache import MAX_BEGUN_AT_ONCE, CacheManager
-from kvd.daemon import Daemon, Pool
+from kvd import arguments, explain, operations
+from kvd.admin import explain as said
+from kvd.announcements import MAX_WAITERS
+from kvd.cache import MAX_FORKS, CacheManager
+from kvd.chores import MAX_JOBS
+from kvd.daemon import MAX_SESSIONS, Attachment, Daemon, Pool
+from kvd.departures import REASONS, REMEMBERED
+from kvd.dispatch import FOR_ADMINS, perform
+from kvd.handover import MAX_TICKETS, MAX_TTL_S
 from kvd.lease_server import HANDSHAKE_TIMEOUT_S
+from kvd.matching import MAX_BEGUN_AT_ONCE
 from kvd.operations import OPERATIONS
+from kvd.operator_retains import MAX_RETAINS
+from kvd.options import Limits
 from kvd.page_pool import MAX_CHUNKS, MemfdPool
-from kvd.reports import REPORTS
-from kvd.rpc_server import RpcServer
+from kvd.results import STOPS
+from kvd.rpc_server import MAX_WAITING, RpcServer
+from kvd.sequences import MAX_AHEAD
+from kvd.tree_report import MAX_TREE_NODES
+from kvd.versions import MAX_MODELS
 from kvd_shared import errors, lease, namespace, verbs, wire
+from kvd_shared.errors import KvdError
 from kvd_shared.layout import PoolLayout
 from kvd_shared.lease import AttachRequest, PoolOffer
 from kvd_shared.namespace import Namespace
+from kvd_shared.page_state import PageState
 from kvd_shared.rpc import Reply, RpcCodec, read_reply
 from tests.daemon import running_daemon
 
@@ -39,14 +56,46 @@ def block(kind: str) -> bytes:
 
 def table(after: str) -> dict[str, list[str]]:
     """The rows of the first table behind a heading: the cells, by the first one."""
-    rows = re.search(r"\n\|---.*?\n((?:\|.*\n)+)", PAGE[PAGE.index(after) :])
+    rows = re.search(r"\n *\|---.*?\n((?: *\|.*\n)+)", PAGE[PAGE.index(after) :])
     assert rows is not None
-    cells = [[c.strip() for c in row.strip("|").split(" | ")] for row in rows[1].splitlines()]
+    cells = [[c.strip() for c in row.strip(" |").split(" | ")] for row in rows[1].splitlines()]
     return {name.strip("`| "): rest for name, *rest in cells}
 
 
 def names(cell: str) -> set[str]:
     return set(re.findall(r"`(\w+)`", cell))
+
+
+def optional(cell: str) -> set[str]:
+    return set(re.findall(r"`(\w+)`\?", cell))
+
+
+WORKER = table("## Operations of role worker")
+ADMIN = table("Reads change nothing:") | table("Changes never touch what")
+
+
+@pytest.fixture
+def daemon(tmp_path: Path) -> Iterator[Daemon]:
+    """Without sockets: four pages of eight tokens."""
+    layout = PoolLayout(num_layers=1, num_kv_heads=1, head_dim=1, page_size=8, dtype="float32")
+    pool = Pool("p", "cpu", MemfdPool(layout, 4), None, CacheManager(4, 8))
+    yield Daemon([pool], tmp_path, 0.0)
+    pool.memory.close()
+
+
+def attach(daemon: Daemon, role: str) -> Attachment:
+    return daemon.attach(AttachRequest(role=role, name=role, pid=1), 1, 0, 0.0)
+
+
+def ask(daemon: Daemon, asking: Attachment, op: str, args: dict[str, Any]) -> dict[str, Any]:
+    """The result of one operation, those in slices to their end."""
+    result = perform(daemon, asking, op, args, [], 1.0)
+    while not isinstance(result, dict):
+        try:
+            next(result)
+        except StopIteration as end:
+            result = end.value
+    return result
 
 
 def test_the_request_is_what_the_client_sends() -> None:
@@ -55,20 +104,15 @@ def test_the_request_is_what_the_client_sends() -> None:
 
 
 async def test_the_reply_is_what_the_daemon_answers(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    daemon: Daemon, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("secrets.token_bytes", lambda n: bytes(range(n)))
-    layout = PoolLayout(num_layers=1, num_kv_heads=1, head_dim=1, page_size=8, dtype="float32")
-    pool = Pool("p", "cpu", MemfdPool(layout, 4), None, CacheManager(4, 8))
-    daemon = Daemon([pool], tmp_path, 0.0)
-    session = daemon.attach(AttachRequest(role="worker", name="w", pid=1), 1, 0, 0.0).session
-    assert session is not None
-    used = pool.cache.allocate(session, 3, None)
-    pool.cache.free(session, used, 0.0)
+    worker = attach(daemon, "worker")
+    used = ask(daemon, worker, "allocate", {"num_pages": 3})["refs"]
+    ask(daemon, worker, "free", {"refs": used})
     server = RpcServer(daemon, tmp_path, asyncio.get_running_loop())
     assert server._answer(b"route", 1, [block("request")]) == [block("reply")]
     server.close()
-    pool.memory.close()
 
 
 def test_the_reply_reads_as_said() -> None:
@@ -78,18 +122,135 @@ def test_the_reply_reads_as_said() -> None:
     assert (found.num_matched_pages, found.matched_tokens, found.stop) == (0, 0, "limit")
 
 
-def test_every_operation_is_described_with_its_arguments() -> None:
-    """The verbs build the messages, so their arguments are those of the page."""
-    builders = {name: getattr(verbs, name) for name in [*OPERATIONS, *REPORTS, "step", "detach"]}
+def built(op: str) -> dict[str, Any]:
+    """Arguments of the operation as the verbs send them."""
     values: dict[str, Any] = {"namespace": Namespace(model="m"), "tokens": [1], "refs": [1]}
-    values |= {"num_pages": 1, "count": 1, "request": 1, "calls": []}
-    worker, admin = table("### Operations of role worker"), table("### Operations of role admin")
-    assert worker.keys() == OPERATIONS.keys() | {"step", "detach"}
-    assert admin.keys() == REPORTS.keys()
-    for op, build in builders.items():
-        wanted = [p for p in inspect.signature(build).parameters.values() if p.default is p.empty]
-        call = build(**{p.name: values[p.name] for p in wanted})
-        assert names((worker | admin)[op][0]) == set(call.args), op
+    values |= {"retention": verbs.Retention(), "ticket": bytes(16), "own_rate": 1.0, "calls": []}
+    values |= {name: [1] for name in ("sequences", "computed", "counts", "requests")}
+    build = getattr(verbs, op)
+    wanted = [p for p in inspect.signature(build).parameters.values() if p.default is p.empty]
+    args: dict[str, Any] = build(**{p.name: values.get(p.name, 1) for p in wanted}).args
+    return args
+
+
+def test_every_operation_is_described() -> None:
+    assert WORKER.keys() == OPERATIONS.keys() | {"step", "detach"}
+    assert ADMIN.keys() == FOR_ADMINS.keys()
+
+
+@pytest.mark.parametrize("op", [*WORKER, *ADMIN])
+def test_the_arguments_are_those_described(op: str, daemon: Daemon) -> None:
+    """The verbs send them all; what is marked can be left out or nil, and nothing else."""
+    args, cell = built(op), (WORKER | ADMIN)[op][0]
+    assert names(cell) == args.keys()
+    asking = attach(daemon, "worker" if op in WORKER else "admin")
+    for name in args:
+        less = {k: v for k, v in args.items() if k != name}
+        if name in optional(cell):
+            for fewer in (less, less | {name: None if name != "announce" else False}):
+                with suppress(KvdError):
+                    ask(daemon, asking, op, fewer)
+            continue
+        with pytest.raises(errors.BadRequest, match=f"{op}: argument '{name}' is missing"):
+            ask(daemon, asking, op, less)
+
+
+def test_the_results_are_those_described(daemon: Daemon) -> None:
+    """Each operation once, in a story that none of them refuses."""
+    worker, admin = attach(daemon, "worker"), attach(daemon, "admin")
+    as_match = names(WORKER["match"][1])
+    told: set[str] = set()
+
+    def do(op: str, **args: Any) -> dict[str, Any]:
+        result = ask(daemon, worker if op in WORKER else admin, op, args)
+        cell = (WORKER | ADMIN)[op][1].replace("`match`", "")
+        described = names(cell) | (as_match if "as `match`" in (WORKER | ADMIN)[op][1] else set())
+        assert result.keys() == described or (op, result) == ("wait", {"stop": "nothing"}), op
+        told.add(op)
+        return result
+
+    prompt = {"namespace": Namespace(model="m").to_wire(), "tokens": ints(range(9))}
+    page = {**prompt, "tokens": ints(range(8))}
+    request = do("begin", count=1)["request"]
+    refs = do("acquire", **prompt, num_pages=1, request=request)["refs"]
+    do("announce", **prompt, request=request)
+    do("publish", **page, refs=refs)
+    do("retain", refs=refs, retention=verbs.Retention(priority=50).to_wire())
+    do("match", **prompt)
+    do("probe", **prompt)
+    do("share", refs=refs)
+    do("fork", refs=refs, num_tokens=8, count=1)
+    do("make_writable", ref=int.from_bytes(refs, "little"))
+    ticket = do("hand_over", refs=refs, ttl_s=1)["ticket"]
+    do("take_over", ticket=ticket)
+    tail = do("allocate", num_pages=1)["refs"]
+    do("seal_tail", ref=int.from_bytes(tail, "little"), num_tokens=3)
+    do("free", refs=tail)
+    leased = do("lease", num_pages=1)["refs"]
+    do("use", refs=leased)
+    do("free", refs=leased)
+    do("yielded", request=request)
+    do("wait", **prompt, request=request, own_rate=1.0)
+    do("end", request=request)
+    handle = do("open_sequence", **page, ahead=0)["sequence"]
+    row = {"sequences": longs(handle), "computed": ints([8]), "counts": ints([0]), "tokens": b""}
+    do("extend", **row)
+    forked = do("fork_sequence", sequence=handle, requests=[None])["sequences"]
+    do("close_sequences", sequences=longs(handle, *forked))
+    do("step", calls=[])
+    for op in ("status", "pages", "sessions", "audit", "retained"):
+        do(op)
+    do("tree", max_nodes=1)
+    do("explain", **prompt)
+    do("who_holds", page=0)
+    do("evict", num_pages=1)
+    number = do("retain_prompt", **prompt)["number"]
+    do("release_prompt", number=number)
+    do("flush")
+    do("raise_weights_version", version=1)
+    do("detach")
+    assert told == {*WORKER, *ADMIN}
+
+
+def ints(values: Iterable[int]) -> bytes:
+    return np.array([*values], dtype="<i4").tobytes()
+
+
+def longs(*values: int) -> bytes:
+    return np.array(values, dtype="<i8").tobytes()
+
+
+def test_the_fields_of_a_pool_are_described(daemon: Daemon) -> None:
+    [pool] = ask(daemon, attach(daemon, "admin"), "status", {})["pools"]
+    rows = re.search(r"\| field of a pool \| means.*?\n\n", PAGE, re.DOTALL)
+    assert rows is not None
+    described = [re.match(r"\| ([^|]*)", line) for line in rows[0].splitlines()[2:]]
+    assert {n for row in described if row for n in names(row[1])} == pool.keys()
+
+
+def test_the_fields_of_an_extended_row_are_described() -> None:
+    rows = re.search(r"\| field of the result.*?\n\n", PAGE, re.DOTALL)
+    assert rows is not None
+    first = [row.split("|")[1] for row in rows[0].strip().splitlines()[2:]]
+    assert {name for cell in first for name in names(cell)} == names(WORKER["extend"][1])
+
+
+def test_page_states_stops_reasons_and_notices_are_described() -> None:
+    states = table("In page maps a state is one byte")
+    assert {int(k): names(v[0]) for k, v in states.items()} == {
+        int(state): {state.name.lower()} for state in PageState
+    }
+    assert table("  | `stop` | means").keys() == STOPS.keys()
+    told = re.findall(r'"why": "(\w+)"', Path(explain.__file__).read_text())
+    assert {"limit", "page_boundary"} <= (why := table("| `why` of `explain`").keys())
+    assert why == {*told, *REASONS, "limit", "page_boundary"}
+    assert table("#### Notices").keys() == {"yield", "progress", "ready", "ended"}
+
+
+def test_every_reason_that_explain_gives_can_be_said_by_kvdctl() -> None:
+    assert table("| `why` of `explain`").keys() == {
+        *said.LEFT, *said.WHY, "differs", "computing", "other_namespace"
+    }  # fmt: skip
 
 
 def test_every_error_is_described() -> None:
@@ -114,6 +275,21 @@ def test_the_limits_are_described() -> None:
         f"attach packet | {wire.MAX_ATTACH_BYTES >> 10} KiB",
         f"header or raw | {wire.MAX_FRAME_BYTES >> 20} MiB",
         f"calls in a step | {verbs.MAX_CALLS_A_STEP:,}",
+        f"| {arguments.MAX_ARRAY_BYTES >> 20} MiB | `TOO_LARGE`; in a step",
+        f"handles of `close_sequences` | {operations.MAX_ROWS:,}",
+        f"of the pool, {Limits().max_prompt_tokens:,} unless configured",
+        f"`limits.max_requests_a_session`, {Limits().max_requests_a_session:,} unless configured",
+        f"`daemon.max_sessions`, {MAX_SESSIONS:,} unless configured",
+        f"`requests` of `fork_sequence` | 1 to {MAX_FORKS:,}",
+        f"| `ahead` | 0 to {MAX_AHEAD} pages",
+        f"| tickets of a pool | {MAX_TICKETS:,} |",
+        f"| above 0, to {MAX_TTL_S:.0f} |",
+        f"wait for one announcement | {MAX_WAITERS:,} |",
+        f"operators retain | {MAX_RETAINS:,} |",
+        f"version of their own | {MAX_MODELS:,} |",
+        f"| `max_nodes` | 1 to {MAX_TREE_NODES:,} |",
+        f"has {MAX_JOBS} long requests under way, or {MAX_WAITING:,} messages",
+        f"the last {REMEMBERED:,} departures",
         f"| 1 to {MAX_BEGUN_AT_ONCE:,} |",
         f"arrays from {wire.INLINE_BYTES:,} bytes on",
         f"| {lease.MAX_NAME_CHARACTERS}; {lease.MAX_TEXT_CHARACTERS} printable characters",

@@ -1,5 +1,6 @@
 """`kvdctl` against a daemon: exit codes, JSON, and what is imported."""
 
+import importlib
 import json
 import signal
 import subprocess
@@ -27,8 +28,20 @@ def socket_dir(daemon: RunningDaemon, monkeypatch: pytest.MonkeyPatch) -> Path:
     return daemon.socket_dir
 
 
-@pytest.mark.parametrize("verb", VERBS)
-def test_every_verb_as_a_page_and_as_json(
+def test_every_verb_says_its_message_its_reply_and_its_command() -> None:
+    for name in VERBS:
+        module = importlib.import_module(f"kvd.admin.{name.replace('-', '_')}")
+        text = module.__doc__ or ""
+        assert text.startswith(f"`kvdctl {name}`: ")
+        for part in ("\nMessage   {", "\nReply     {", f"\nCommand   kvdctl {name}"):
+            assert part in text, (name, part)
+
+
+REPORTS = ("status", "pages", "tree", "sessions", "retained", "audit")
+
+
+@pytest.mark.parametrize("verb", REPORTS)
+def test_every_report_as_a_page_and_as_json(
     verb: str, socket_dir: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main([verb]) == 0
@@ -47,7 +60,7 @@ def test_what_a_worker_does_is_seen(socket_dir: Path, capsys: pytest.CaptureFixt
         acquired = worker.call(verbs.acquire(space, tokens, 3))
         worker.call(verbs.publish(space, tokens[:32], acquired.refs[:2]))
         outputs = {}
-        for verb in VERBS:
+        for verb in REPORTS:
             assert main([verb, "-o", "json"]) == 0
             outputs[verb] = json.loads(capsys.readouterr().out)
     (pool,) = outputs["status"]["pools"]
@@ -101,6 +114,11 @@ def test_a_daemon_that_attaches_but_does_not_answer_is_6(
     [
         [],
         ["frobnicate"],
+        ["evict", "0"],
+        ["evict"],
+        ["who-holds", "-1"],
+        ["raise-weights-version", "0"],
+        ["flush", "--salt", "x", "--salt-file", "y"],
         ["tree", "--depth", "0"],
         ["pages", "--rows", "x"],
         ["tree", "--sort", "x"],
@@ -130,7 +148,18 @@ def test_a_reader_that_has_seen_enough_is_no_error(socket_dir: Path) -> None:
     assert (done.returncode, done.stderr) == (0, b"")
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["tree", "--help"]])
+@pytest.mark.parametrize("verb", REPORTS)
+def test_a_full_disk_is_one_line_and_1(verb: str, socket_dir: Path) -> None:
+    code = "import sys; from kvd.admin import main; sys.exit(main())"
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [sys.executable, "-c", code, verb], stdout=full, stderr=subprocess.PIPE, timeout=30
+        )
+    assert done.returncode == 1
+    assert done.stderr == b"kvdctl: cannot write the answer: No space left on device\n"
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["tree", "--help"], ["explain", "--help"]])
 def test_help_documents_exit_codes_and_imports_nothing_heavy(arguments: list[str]) -> None:
     code = f"""
 import sys

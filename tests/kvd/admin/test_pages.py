@@ -1,9 +1,9 @@
 from typing import Any
 
-from kvd import reports
-from kvd.admin.page_states import PAGE_STATES
+from kvd.admin.page_states import LEGENDS
 from kvd.admin.pages import as_json, render
 from kvd.admin.style import Style
+from kvd_shared.page_state import PageState
 
 
 def reply(states: bytes) -> dict[str, Any]:
@@ -11,11 +11,11 @@ def reply(states: bytes) -> dict[str, Any]:
 
 
 def test_one_character_a_page_while_they_fit() -> None:
-    lines = render(reply(bytes([1, 2, 3, 4, 5, 6, 0, 0])), Style(width=80)).splitlines()
-    assert lines[:3] == ["pool default: 8 pages", "0 w▓█▒dq░░", ""]
+    lines = render(reply(bytes([1, 2, 3, 4, 5, 6, 7, 8, 0])), Style(width=80)).splitlines()
+    assert lines[:3] == ["pool default: 9 pages", "0 w▓█▒dqlx░", ""]
     legend = {line.split()[1]: line for line in lines[3:]}
-    assert len(legend) == len(PAGE_STATES)
-    assert legend["free"] == "░ free           2  25.0 %  holds nothing"
+    assert legend.keys() == {state.name.lower() for state in PageState}
+    assert legend["free"] == "░ free           1  11.1 %  holds nothing"
 
 
 def test_rows_are_as_wide_as_the_terminal_and_numbered() -> None:
@@ -55,7 +55,6 @@ def test_json_has_the_map_as_digits_with_their_names() -> None:
     assert shown["states"][3] == "shared"
 
 
-def test_the_numbers_are_the_daemons() -> None:
-    for state in PAGE_STATES:
-        assert PAGE_STATES[getattr(reports, state.name.upper())] is state
-    assert len(PAGE_STATES) == 7
+def test_every_state_is_drawn_in_its_own_way() -> None:
+    assert LEGENDS.keys() == set(PageState)
+    assert len({legend.mark for legend in LEGENDS.values()}) == len(PageState)

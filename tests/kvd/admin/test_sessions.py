@@ -16,25 +16,26 @@ def session(id: int, **fields: Any) -> dict[str, Any]:
         "state": "live",
         "held_pages": 1200,
         "writing_pages": 3,
-        "requests": [],
+        "leased_pages": 2,
+        "running_requests": 0,
+        "waiting_requests": 0,
     } | fields
 
 
 def test_one_line_a_session_in_the_order_of_their_ids() -> None:
-    requests = [{"number": 9, "running": True}, {"number": 10, "running": False}]
     reply = {
         "sessions": [
             session(12, name="kvdctl", role="admin", pool=None, held_pages=0, writing_pages=0),
-            session(3, state="quarantined", requests=requests),
+            session(3, state="quarantined", running_requests=1, waiting_requests=1),
         ]
     }
     assert render(reply, Style()) == (
         "ID  NAME    ROLE    POOL     PID  UID  AGE    STATE         HELD  WRITING"
-        "  RUNNING  WAITING\n"
+        "  LEASED  RUNNING  WAITING\n"
         "3   w3      worker  default  803  7    1m 1s  quarantined  1,200        3"
-        "        1        1\n"
+        "       2        1        1\n"
         "12  kvdctl  admin   -        812  7    1m 1s  live             0        0"
-        "        0        0"
+        "       2        0        0"
     )
 
 

@@ -14,7 +14,10 @@ def node(
         "tokens": pages * 16,
         "digest": f"d{id}",
         "holders": holders,
+        "hits": id,
+        "priority": 35,
         "last_use_s": last_use_s,
+        "expires_s": None,
     }
 
 
@@ -38,11 +41,11 @@ def test_siblings_in_use_come_first() -> None:
         "pool p\n"
         "\n"
         "model 9c1e77aa01bc…, version 2: 5 nodes, 70 pages\n"
-        "├─ d2  416 tokens, 26 pages, held below\n"
-        "│  ├─ d4  16 tokens, 1 page, held by 2 sessions\n"
-        "│  └─ d3  32 tokens, 2 pages, used 3.5s ago\n"
-        "└─ d1  16 tokens, 1 page, used 11m 40s ago\n"
-        "   └─ d5  640 tokens, 40 pages, used 11m 40s ago"
+        "├─ d2  416 tokens, 26 pages, 2 hits, held below\n"
+        "│  ├─ d4  16 tokens, 1 page, 4 hits, held by 2 sessions\n"
+        "│  └─ d3  32 tokens, 2 pages, 3 hits, used 3.5s ago\n"
+        "└─ d1  16 tokens, 1 page, 1 hit, used 11m 40s ago\n"
+        "   └─ d5  640 tokens, 40 pages, 5 hits, used 11m 40s ago"
     )
 
 
@@ -54,9 +57,9 @@ def test_or_those_with_most_pages_below() -> None:
 def test_depth_says_what_it_hides() -> None:
     lines = render(reply(*NODES), Style(), depth=1).splitlines()[3:]
     assert lines == [
-        "├─ d2  416 tokens, 26 pages, held below",
+        "├─ d2  416 tokens, 26 pages, 2 hits, held below",
         "│  └─ … 2 nodes, 3 pages",
-        "└─ d1  16 tokens, 1 page, used 11m 40s ago",
+        "└─ d1  16 tokens, 1 page, 1 hit, used 11m 40s ago",
         "   └─ … 1 node, 40 pages",
     ]
     assert "…" not in "".join(render(reply(*NODES), Style(), depth=2).splitlines()[3:])
@@ -81,3 +84,8 @@ def test_nothing_and_too_much_are_said() -> None:
 
 def test_a_model_name_cannot_steer_the_terminal() -> None:
     assert "\x1b" not in render(reply(NODES[0], model="\x1b[2Jx"), Style())
+
+
+def test_what_is_unusual_about_a_node_is_said() -> None:
+    unusual = node(1, None, 2, 3.5) | {"priority": 80, "expires_s": 61.0}
+    assert render(reply(unusual), Style()).endswith("used 3.5s ago, priority 80, expires in 1m 1s")
