@@ -13,6 +13,7 @@ from kvd_shared import exit_codes
 from kvd_shared.errors import KvdError, LayoutMismatch, ProtocolMismatch, UnknownPool
 from kvd_shared.mapping import BadPoolMemory
 from kvd_shared.model_folder import BadModelFolder
+from kvd_shared.namespace import MAX_VERSION
 from kvd_shared.socket_dir import NoSocketDir, default_socket_dir
 
 EXIT_CODES = f"""\
@@ -84,6 +85,8 @@ def _add_serve(parser: argparse.ArgumentParser) -> None:
     add("--max-batch-tokens", type=_positive, default=512, metavar="N", help="computed a step")
     add("--max-seqs", type=_positive, default=32, metavar="N", help="running at once")
     add("--max-queued", type=_positive, default=1024, metavar="N", help="sequences that may wait")
+    add("--no-wait", action="store_true", help="compute what another worker is computing, too")
+    add("--weights-version", type=_version, default=0, metavar="N", help="raised with each update")
     add("--drain-timeout", type=float, default=30.0, metavar="S", help="after SIGTERM, seconds")
     add("--log-level", default="info", choices=["debug", "info", "warning", "error"])
     add("--log-format", default="auto", choices=["auto", "json", "console"])
@@ -130,7 +133,12 @@ def _serve(args: argparse.Namespace) -> int:
             max_model_len=args.max_model_len,
             max_queued=args.max_queued,
             drain_timeout_s=args.drain_timeout,
-            limits=Limits(max_batch_tokens=args.max_batch_tokens, max_sequences=args.max_seqs),
+            weights_version=args.weights_version,
+            limits=Limits(
+                max_batch_tokens=args.max_batch_tokens,
+                max_sequences=args.max_seqs,
+                waits=not args.no_wait,
+            ),
         )
     )
     return exit_codes.OK
@@ -196,6 +204,13 @@ def _positive(text: str) -> int:
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"{value}: must be at least 1")
+    return value
+
+
+def _version(text: str) -> int:
+    value = int(text)
+    if not 0 <= value <= MAX_VERSION:
+        raise argparse.ArgumentTypeError(f"{value}: must be from 0 to {MAX_VERSION}")
     return value
 
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from queue import Empty, SimpleQueue
 
 import structlog
+import torch
 
 from kvd_shared.errors import (
     BadRequest,
@@ -24,6 +25,7 @@ from kvd_shared.errors import (
 from kvd_shared.namespace import Namespace
 from modelworker.attachment import Attach, Attachment
 from modelworker.detokenize import IncrementalText
+from modelworker.pace import PrefillPace
 from modelworker.requests import (
     BadLogits,
     Delta,
@@ -44,6 +46,10 @@ from modelworker.tokenizer import Tokenizer
 IDLE_WAIT_S = 0.5  # between looks at whether the daemon still lives
 STARVED_WAIT_S = 0.003  # before asking again for pages that others have
 REATTACH_WAIT_S = 0.1
+BAD_LOGITS = (
+    "the model computed NaN or infinity for this prompt: are its weights whole, and is the pool's "
+    "kv_dtype wide enough for it?"
+)
 
 log = structlog.get_logger()
 
@@ -59,6 +65,7 @@ class EngineOptions:
     limits: Limits
     drain_timeout_s: float = 30.0  # after `stop`, for what was accepted
     max_queued: int = 1024
+    weights_version: int = 0
 
 
 class WorkerEngine:
@@ -80,6 +87,8 @@ class WorkerEngine:
         self._stopping = False
         self._stop_by = float("inf")
         self._requests: dict[str, list[Sequence]] = {}  # what is not finished, by request
+        self._pace = PrefillPace()
+        self._computed_tokens = 0  # that went through the model, in all
         self._attached: Attachment | None = None
         self._scheduler: Scheduler | None = None
         self._calls = StepCalls()
@@ -107,6 +116,7 @@ class WorkerEngine:
             "running": len(scheduler.running) if scheduler else 0,
             "waiting": (len(scheduler.waiting) if scheduler else 0) + len(self._inbox),
             "session": attached.client.session if attached else None,
+            "computed_tokens": self._computed_tokens,
         }
 
     def stop(self) -> None:
@@ -182,12 +192,15 @@ class WorkerEngine:
         """One step of `run`. Returns how long there is nothing to do, unless something comes in."""
         attached, scheduler, calls = self._attached, self._scheduler, self._calls
         assert attached is not None and scheduler is not None
-        self._take_in(scheduler)
+        self._take_in(attached, scheduler)
+        now = time.monotonic()
         for notice in attached.client.notices():
-            if notice.kind == "yield" and scheduler.preempt(notice.request, calls):
+            if notice.kind != "yield":
+                scheduler.heard(notice.kind, notice.request, notice.tokens, now)
+            elif scheduler.preempt(notice.request, calls):
                 log.info("sequence.preempted", number=notice.request)
-        scheduler.reserve(calls, time.monotonic())
-        calls.make(attached.client.call)
+        scheduler.reserve(calls, now)
+        self._make_calls(attached, scheduler)
         chunks = scheduler.chunks()
         if not chunks:
             if not attached.client.alive:
@@ -198,7 +211,12 @@ class WorkerEngine:
         self._compute(attached, scheduler, chunks)
         return 0.0
 
-    def _take_in(self, scheduler: Scheduler) -> None:
+    def _make_calls(self, attached: Attachment, scheduler: Scheduler) -> None:
+        self._calls.make(attached.client.call)
+        # At once: what is copied from may be somebody else's after the next calls.
+        attached.runner.copy_pages(scheduler.take_copies())
+
+    def _take_in(self, attached: Attachment, scheduler: Scheduler) -> None:
         """New requests get their numbers; cancelled ones give their pages back."""
         with self._lock:
             arrived, self._inbox = self._inbox, deque()
@@ -210,8 +228,7 @@ class WorkerEngine:
             self._requests[request.request_id] = list(sequences)
             scheduler.add(sequences, self._calls)
         if arrived:
-            assert self._attached is not None
-            self._calls.make(self._attached.client.call)
+            self._make_calls(attached, scheduler)
         for request_id in cancelled:
             for sequence in self._requests.pop(request_id, []):
                 scheduler.finish(sequence, self._calls)
@@ -230,32 +247,54 @@ class WorkerEngine:
             )
             for index in range(request.n)
         ]
-        for follower in sequences[1:] if request.use_cache else []:
-            follower.leader = sequences[0]
+        leader, followers = sequences[0], sequences[1:]
+        leader.followers = list(followers)
+        for follower in followers:
+            follower.leader = leader
         return sequences
 
     def _namespace(self, request: GenerationRequest) -> Namespace:
-        return Namespace(model=self._options.model, salt=request.salt)
+        version = self._options.weights_version
+        return Namespace(model=self._options.model, weights_version=version, salt=request.salt)
 
     def _compute(self, attached: Attachment, scheduler: Scheduler, chunks: list[Chunk]) -> None:
         """Run the chunks, sample for those that are complete, hand the tokens out."""
+        began_s = time.monotonic()
         logits = attached.runner.run([chunk.for_runner() for chunk in chunks])
-        complete = [chunk.sequence for chunk in chunks if chunk.is_complete]
-        tokens: dict[Sequence, int | None] = {}
-        if complete:
-            params = [s.request.params for s in complete]
-            sampled = sample(logits, params, [s.generator for s in complete])
-            tokens = dict(zip(complete, sampled, strict=True))
+        self._note_pace(chunks, time.monotonic() - began_s)
+        tokens = self._sample(logits, [c.sequence for c in chunks if c.is_complete])
         for chunk in chunks:
-            token = tokens.get(chunk.sequence)
-            if chunk.sequence.finished:  # with a sibling whose logits were bad
+            leader, is_complete = chunk.sequence, chunk.is_complete
+            if leader.finished:  # with a sibling whose logits were bad
                 continue
-            if chunk.sequence in tokens and token is None:
-                self._fail(scheduler, chunk.sequence.request)
+            followers = leader.followers
+            if is_complete and not all(s in tokens for s in (leader, *followers)):
+                self._fail(scheduler, leader.request, BadLogits(BAD_LOGITS))
                 continue
             scheduler.computed(chunk, self._calls)
-            if token is not None:
-                self._append(scheduler, chunk.sequence, token)
+            if not is_complete:
+                continue
+            for follower in followers:
+                follower.cached_tokens = leader.cached_tokens
+                self._append(scheduler, follower, tokens[follower])
+            if followers:
+                scheduler.fork(leader, self._calls)  # before the leader may end
+            self._append(scheduler, leader, tokens[leader])
+
+    def _sample(self, logits: torch.Tensor, complete: list[Sequence]) -> dict[Sequence, int]:
+        """Each sequence's next token by its row of logits; followers, who have their leader's
+        prompt, draw their first one from its row. None for those with unsound logits."""
+        groups = [[leader, *leader.followers] for leader in complete]
+        rows = [row for row, group in enumerate(groups) for _ in group]
+        each = [sequence for group in groups for sequence in group]
+        params = [sequence.request.params for sequence in each]
+        sampled = sample(logits[rows], params, [sequence.generator for sequence in each])
+        return {s: token for s, token in zip(each, sampled, strict=True) if token is not None}
+
+    def _note_pace(self, chunks: list[Chunk], seconds: float) -> None:
+        self._computed_tokens += sum(chunk.num_tokens for chunk in chunks)
+        prompts = [chunk for chunk in chunks if not chunk.sequence.is_decoding]
+        self._pace.note(sum(chunk.num_tokens for chunk in prompts), seconds)
 
     def _append(self, scheduler: Scheduler, sequence: Sequence, token: int) -> None:
         params = sequence.request.params
@@ -273,20 +312,14 @@ class WorkerEngine:
         if reason is not None:
             self._finished(scheduler, sequence, reason)
 
-    def _fail(self, scheduler: Scheduler, request: GenerationRequest) -> None:
-        """The model computed nonsense for one sequence: its request fails, others go on."""
+    def _fail(self, scheduler: Scheduler, request: GenerationRequest, error: KvdError) -> None:
+        """One request fails, others go on."""
         sequences = self._requests.pop(request.request_id)
         for sequence in sequences:
-            scheduler.finish(sequence, self._calls)
-        log.error("request.bad_logits", request=request.request_id)
-        sequences[0].emit(
-            Failed(
-                BadLogits(
-                    "the model computed NaN or infinity for this prompt: are its weights whole, "
-                    "and is the pool's kv_dtype wide enough for it?"
-                )
-            )
-        )
+            if sequence.number is not None:
+                scheduler.finish(sequence, self._calls)
+        log.warning("request.failed", request=request.request_id, code=error.code)
+        sequences[0].emit(Failed(error))
 
     def _finished(self, scheduler: Scheduler, sequence: Sequence, reason: FinishReason) -> None:
         scheduler.finish(sequence, self._calls)
@@ -294,8 +327,7 @@ class WorkerEngine:
         left.remove(sequence)
         if not left:
             del self._requests[sequence.request.request_id]
-        # What the others of a request find is what their leader has just computed for them.
-        cached = (sequence.leader or sequence).cached_tokens or 0
+        cached = sequence.cached_tokens or 0
         sequence.emit(Finished(sequence.index, reason, sequence.num_generated, cached))
 
     # --- the daemon comes and goes
@@ -312,14 +344,14 @@ class WorkerEngine:
 
     def _begin_session(self, attached: Attachment) -> None:
         self._scheduler = Scheduler(
-            attached.pool.layout.page_size, self._options.limits, self._refused
+            attached.pool.layout.page_size, self._options.limits, self._refused, self._pace
         )
         self._attached = attached
         log.info("kvd.attached", session=attached.client.session, pool=attached.pool.name)
 
     def _refused(self, sequence: Sequence, error: KvdError) -> None:
-        del self._requests[sequence.request.request_id]
-        sequence.emit(Failed(error))
+        assert self._scheduler is not None
+        self._fail(self._scheduler, sequence.request, error)
 
     def _lose_session(self, error: KvdError) -> None:
         """Every request fails with the error, to be retried; then the pool is unmapped."""

@@ -9,8 +9,10 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from kvd_kernels.dispatch import kernels_for
 from kvd_shared.errors import LayoutMismatch
 from kvd_shared.lease import GEOMETRY
+from kvd_shared.refs import page_ids
 from modelworker.batch import Batch
 from modelworker.model import Model
 from modelworker.pool_view import PoolView
@@ -78,6 +80,14 @@ class ModelRunner:
                 raise LayoutMismatch(f"{name}: the pool has {has}, the model needs {needs}")
         self.model = model
         self.pool = pool
+
+    def copy_pages(self, pairs: Sequence[tuple[int, int]]) -> None:
+        """Copy whole pages: page references (from, to)."""
+        if pairs:
+            pages = page_ids(np.array(pairs, dtype=np.int64)).astype(np.int64)
+            sources, targets = torch.from_numpy(pages).unbind(dim=1)
+            kernels = kernels_for(self.pool.write.device)
+            kernels.copy_pages(self.pool.read, self.pool.write, sources, targets)
 
     def run(self, chunks: Sequence[SequenceChunk]) -> torch.Tensor:
         """Compute all chunks in one pass: K and V into their pages, logits of those that want them.

@@ -21,7 +21,8 @@ class Sequence:
                 0                   num_published           num_computed tokens
     ```
     Invariants: num_published pages are full and in the tree; num_computed <= num_tokens; while
-    waiting a sequence holds no page and nothing of it is computed.
+    waiting a sequence holds no page and nothing of it is computed. Those that follow a leader have
+    no token of their own as long as they are in its `followers`.
     """
 
     def __init__(
@@ -42,8 +43,10 @@ class Sequence:
         self.emit = emit
         self.arrived_s = arrived_s
         self.number: int | None = None  # kvd's, by age
-        self.leader: Sequence | None = None  # computes the prompt for the others of its request
+        self.leader: Sequence | None = None  # until it is forked from it, or starts by itself
+        self.followers: list[Sequence] = []  # those that take its prompt and their first token
         self.finished = False
+        self.publishes = request.use_cache  # False also once its KV is not wanted any more
         self.token_ids: list[int] = list(request.prompt_ids)
         self.refs: list[int] = []
         self.num_computed = 0  # tokens whose K and V are in the pages
@@ -52,6 +55,7 @@ class Sequence:
         self.refused = False  # when it last asked to be admitted: kvd keeps pages for it now
         self.probed_tokens = 0  # what the cache would give, when it was last asked
         self.probed_s = NEVER
+        self.futile_waits = 0  # for others' computing, in a row
 
     @property
     def num_tokens(self) -> int:
@@ -66,10 +70,15 @@ class Sequence:
         return len(self.token_ids) - self.num_computed
 
     @property
-    def may_start(self) -> bool:
-        """Not while another sequence of the request is still computing the same prompt."""
-        leader = self.leader
-        return leader is None or leader.finished or leader.is_decoding
+    def age(self) -> int:
+        """Its number: a lower one is older."""
+        assert self.number is not None
+        return self.number
+
+    @property
+    def is_forking(self) -> bool:
+        """It has its first token, and kvd has been asked for its pages."""
+        return self.leader is not None and self.num_generated > 0
 
     @property
     def is_decoding(self) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 import time
@@ -12,6 +13,7 @@ from pathlib import Path
 import structlog
 import torch
 
+from kvd_shared.digest_cache import DigestCache, default_cache_dir
 from kvd_shared.errors import KvdError
 from kvd_shared.model_folder import BadModelFolder, model_fingerprint, weight_files
 from kvd_shared.progress import progress_line
@@ -45,6 +47,7 @@ class ServeOptions:
     max_model_len: int | None
     max_queued: int
     drain_timeout_s: float
+    weights_version: int
     limits: Limits
 
 
@@ -73,6 +76,7 @@ def serve(options: ServeOptions) -> None:
             limits=options.limits,
             max_queued=options.max_queued,
             drain_timeout_s=options.drain_timeout_s,
+            weights_version=options.weights_version,
         ),
         first,
     )
@@ -107,7 +111,8 @@ def _load(folder: Path, dtype: torch.dtype) -> tuple[Model, str]:
     """The model and its fingerprint, of one and the same state of the folder."""
     before = [file.stat().st_mtime_ns for file in weight_files(folder)]
     with progress_line(sys.stderr, "digest of the weights") as progress:
-        fingerprint = model_fingerprint(folder, progress)
+        digests = DigestCache(default_cache_dir(os.environ))
+        fingerprint = model_fingerprint(folder, progress, digests)
     with progress_line(sys.stderr, "loading the weights") as progress:
         model = load_model(folder, dtype, progress=progress)
     if before != [file.stat().st_mtime_ns for file in weight_files(folder)]:

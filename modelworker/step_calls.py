@@ -6,8 +6,9 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 from kvd_shared import verbs
+from kvd_shared.calls import Call
 from kvd_shared.errors import KvdError
-from kvd_shared.verbs import MAX_CALLS_A_STEP, Call
+from kvd_shared.verbs import MAX_CALLS_A_STEP
 
 T = TypeVar("T")
 Perform = Callable[[Call[list[Any]]], list[Any]]

@@ -47,6 +47,21 @@ def write_kv(
         pages[:, layer, kv][page, :, offset] = new.to(pages.dtype)
 
 
+def copy_pages(
+    source_pages: torch.Tensor,
+    target_pages: torch.Tensor,
+    sources: torch.Tensor,
+    targets: torch.Tensor,
+) -> None:
+    """Make page targets[i] of `target_pages` equal to page sources[i] of `source_pages`.
+
+    Both pages as in `write_kv`: the read and the write mapping of one memory. `sources`, `targets`
+    int64[N]; no target twice, and none that is a source. Raises IndexError when a page lies outside
+    the pool.
+    """
+    target_pages.index_copy_(0, targets, source_pages.index_select(0, sources))
+
+
 def plan(
     query_starts: Sequence[int],
     context_lens: Sequence[int],

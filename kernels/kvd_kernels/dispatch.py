@@ -26,6 +26,16 @@ class Kernels(Protocol):
         """Store each token's K and V at its slot."""
         ...
 
+    def copy_pages(
+        self,
+        source_pages: torch.Tensor,
+        target_pages: torch.Tensor,
+        sources: torch.Tensor,
+        targets: torch.Tensor,
+    ) -> None:
+        """Copy whole pages."""
+        ...
+
     def plan(
         self,
         query_starts: Sequence[int],

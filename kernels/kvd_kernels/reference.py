@@ -22,6 +22,21 @@ def write_kv(
         pages[page, layer, 1, :, offset] = v[token].to(pages.dtype)
 
 
+def copy_pages(
+    source_pages: torch.Tensor,
+    target_pages: torch.Tensor,
+    sources: torch.Tensor,
+    targets: torch.Tensor,
+) -> None:
+    """Make page targets[i] of `target_pages` equal to page sources[i] of `source_pages`.
+
+    Both pages as in `write_kv`: the read and the write mapping of one memory. `sources`, `targets`
+    int64[N]; no target twice, and none that is a source.
+    """
+    for source, target in zip(sources.tolist(), targets.tolist(), strict=True):
+        target_pages[target] = source_pages[source]
+
+
 def read_kv(
     pages: torch.Tensor, layer: int, block_table: torch.Tensor, context_len: int
 ) -> tuple[torch.Tensor, torch.Tensor]:

@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from kvd_shared import verbs
+from kvd_shared.calls import Result
 from kvd_shared.client import KvdClient
 from kvd_shared.model_folder import read_model_folder
 from modelworker.demo import report
@@ -197,9 +198,9 @@ class Story:
     def _prompt(self, question: Question) -> str:
         return f"{self._text}{QUOTE}{question.cue}"
 
-    def _counts(self) -> verbs.Result:
+    def _counts(self) -> Result:
         with self._admin() as admin:
-            pools: list[verbs.Result] = admin.call(verbs.status())["pools"]
+            pools: list[Result] = admin.call(verbs.status())["pools"]
         return pools[0]
 
     def _admin(self) -> KvdClient:

@@ -6,7 +6,7 @@ from typing import Any
 
 from starlette.responses import JSONResponse
 
-from kvd_shared.errors import BadRequest, KvdError
+from kvd_shared.errors import BadRequest, KvdError, OverLimit
 from modelworker.requests import QueueFull, RequestTooLong
 
 RETRY_AFTER_S = 1
@@ -40,6 +40,7 @@ _STATUS: tuple[tuple[type[KvdError], int, str], ...] = (
     (BadRequest, 400, "invalid_request_error"),
     (UnknownModel, 404, "invalid_request_error"),
     (RequestTooLong, 413, "invalid_request_error"),
+    (OverLimit, 413, "invalid_request_error"),
     (BodyTooLarge, 413, "invalid_request_error"),
     (NotJsonContent, 415, "invalid_request_error"),
     (QueueFull, 429, "rate_limit_error"),

@@ -3,6 +3,7 @@ test's to take."""
 
 from __future__ import annotations
 
+import random
 import time
 import zlib
 from collections import Counter, deque
@@ -13,15 +14,17 @@ import numpy as np
 import torch
 
 from kvd.arguments import Arguments
-from kvd.cache import CacheManager
+from kvd.cache import NO_OPTIONS, CacheManager
 from kvd.cache_check import check_cache
 from kvd.operations import step
+from kvd.options import CacheOptions
 from kvd.session import Session
+from kvd_shared.calls import Call
 from kvd_shared.client import KvdClient
 from kvd_shared.layout import PoolLayout
 from kvd_shared.lease import PoolOffer
+from kvd_shared.refs import page_ids, page_of, refs_from_bytes
 from kvd_shared.rpc import Notice
-from kvd_shared.verbs import Call
 from kvd_shared.wire import FrameWriter
 from modelworker.attachment import Attachment
 from modelworker.engine import EngineOptions, WorkerEngine
@@ -51,25 +54,32 @@ def greedy(prompt: Sequence[int], num_tokens: int) -> list[int]:
 class Host:
     """A pool whose slots hold tokens in place of K and V, and its cache."""
 
-    def __init__(self, num_pages: int, page_size: int) -> None:
-        self.cache = CacheManager(num_pages, page_size)
+    def __init__(self, num_pages: int, page_size: int, options: CacheOptions = NO_OPTIONS) -> None:
+        self.cache = CacheManager(num_pages, page_size, options)
         self.slots = np.full((num_pages, page_size), NOTHING, dtype=np.int64)
         self.clients: list[Client] = []
+        self._put = self.cache.free_list.put
+        self.cache.free_list.put = self._put_spoiled  # type: ignore[method-assign]
 
     def client(self, name: str) -> Client:
         """A session of its own."""
         self.clients.append(Client(self, len(self.clients) + 1, name))
         return self.clients[-1]
 
-    def check(self) -> None:
-        check_cache(self.cache)
+    def _put_spoiled(self, refs: bytes) -> None:
+        """A page that becomes free is somebody else's, for all that its last holder can know."""
+        self.slots[page_ids(refs_from_bytes(refs))] = NOTHING
+        self._put(refs)
 
-    def pass_on_yields(self) -> None:
-        while self.cache.to_yield:
-            request = self.cache.to_yield.pop()
+    def pass_on_notices(self) -> None:
+        notices, self.cache.notices = self.cache.notices, []
+        for kind, request, tokens in notices:
             for client in self.clients:
                 if client.session is request.session:
-                    client.noticed.append(Notice("yield", request.number))
+                    client.noticed.append(Notice(kind, request.number, tokens))
+
+    def check(self) -> None:
+        check_cache(self.cache)
 
 
 class Client:
@@ -90,8 +100,14 @@ class Client:
         frames = [b"", *writer.frames]
         self.calls.update(entry["op"] for entry in wire["args"]["calls"])
         args, now = Arguments("step", wire["args"], frames), time.monotonic()
-        results = step(self._host.cache, self.session, args, frames, now)
-        self._host.pass_on_yields()
+        slices = step(self._host.cache, self.session, args, frames, now)
+        while True:
+            try:
+                next(slices)
+            except StopIteration as end:
+                results = end.value["results"]
+                break
+        self._host.pass_on_notices()
         return call.read({"results": results}, [b""])
 
     def notices(self) -> list[Notice]:
@@ -103,7 +119,11 @@ class Client:
         """Everything that the session holds comes back, as when its process dies."""
         if self.alive:
             self.alive = False
-            self._host.cache.release_session(self.session, time.monotonic())
+            cache = self._host.cache
+            cache.release_session(self.session)
+            while cache.sweep(time.monotonic()):
+                pass
+            self._host.pass_on_notices()
 
 
 class Runner:
@@ -113,6 +133,17 @@ class Runner:
         self._slots = host.slots
         self._page_size = host.cache.page_size
         self.batches: list[list[int]] = []  # tokens computed of each sequence, step by step
+        self.num_copied = 0  # pages
+
+    def copy_pages(self, pairs: Sequence[tuple[int, int]]) -> None:
+        self.num_copied += len(pairs)
+        for source, target in pairs:
+            self._slots[page_of(target)] = self._slots[page_of(source)]
+
+    @property
+    def num_computed(self) -> int:
+        """Tokens, in all."""
+        return sum(map(sum, self.batches))
 
     def run(self, chunks: Sequence[SequenceChunk]) -> torch.Tensor:
         self.batches.append([len(chunk.token_ids) for chunk in chunks])
@@ -135,7 +166,12 @@ class Worker:
     """A WorkerEngine over a host's pool. `events` are what each request was told."""
 
     def __init__(
-        self, host: Host, tokenizer: Tokenizer, name: str = "worker", limits: Limits | None = None
+        self,
+        host: Host,
+        tokenizer: Tokenizer,
+        name: str = "worker",
+        limits: Limits | None = None,
+        weights_version: int = 0,
     ) -> None:
         self.client = host.client(name)
         self.runner = Runner(host)
@@ -158,15 +194,19 @@ class Worker:
         stand_ins = cast(KvdClient, self.client), offer, cast(ModelRunner, self.runner)
         attached = Attachment(*stand_ins)
         options = EngineOptions(
-            model="m", context_len=10_000, vocab_size=VOCAB, limits=limits or Limits()
+            model="m",
+            context_len=10_000,
+            vocab_size=VOCAB,
+            limits=limits or Limits(),
+            weights_version=weights_version,
         )
         self.engine = WorkerEngine(lambda: attached, tokenizer, options, attached)
 
     def submit(
         self, request_id: str, prompt: Sequence[int], max_tokens: int, **options: Any
     ) -> list[Event]:
-        """Returns the list that its events will be in."""
-        params = SamplingParams(max_tokens=max_tokens, temperature=0)
+        """Returns the list that its events will be in. Greedy."""
+        params = options.pop("params", SamplingParams(max_tokens=max_tokens, temperature=0))
         request = GenerationRequest(
             request_id=request_id, prompt_ids=tuple(prompt), params=params, **options
         )
@@ -192,3 +232,26 @@ def tokens_of(events: Sequence[Event], index: int = 0) -> list[int]:
 def finished(events: Sequence[Event]) -> list[Finished]:
     assert not any(isinstance(e, Failed) for e in events), events
     return [e for e in events if isinstance(e, Finished)]
+
+
+def prompt_of(length: int, seed: int = 0) -> list[int]:
+    return random.Random(seed).choices(range(VOCAB), k=length)
+
+
+def run(*workers: Worker, steps: int = 1000) -> None:
+    """Step all in turn until none has anything to do."""
+    for _ in range(steps):
+        if not any(worker.busy for worker in workers):
+            for worker in workers * 2:  # the last publish, then what it found to be double
+                worker.step()
+            return
+        for worker in workers:
+            worker.step()
+    raise AssertionError(f"still busy after {steps} steps: {workers[0].engine.health()}")
+
+
+def check_idle(host: Host) -> None:
+    """Nothing is held, nothing is queued: free and cached pages are all there are."""
+    host.check()
+    assert host.cache.num_available == host.cache.num_pages
+    assert host.cache.queue.counts() == (0, 0)

@@ -104,6 +104,18 @@ def test_a_pass_writes_its_own_slots_and_no_others() -> None:
     assert int(written.sum()) == written[2, :, :, :, :3].numel()
 
 
+def test_pages_are_copied_whole_by_their_references() -> None:
+    view = pool()
+    runner = ModelRunner(model(), view)
+    runner.run([SequenceChunk([1, 2, 3], 0, [2], True)])
+    later_generation = (7 << 32) | 1
+    runner.copy_pages([(2, later_generation), (2, 3)])
+    for copy in (1, 3):
+        torch.testing.assert_close(view.read[copy], view.read[2], equal_nan=True)
+    assert view.read[0].isnan().all()
+    runner.copy_pages([])
+
+
 @pytest.mark.parametrize("name", ["num_layers", "num_kv_heads", "head_dim"])
 def test_a_pool_of_another_geometry_is_refused_with_both_numbers(name: str) -> None:
     with pytest.raises(LayoutMismatch, match=rf"{name}: the pool has 6, the model needs \d"):

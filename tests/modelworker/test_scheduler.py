@@ -11,38 +11,18 @@ from kvd_shared.rpc import Notice
 from modelworker.requests import RequestTooLong
 from modelworker.scheduler import Limits
 from modelworker.tokenizer import Tokenizer
-from tests.modelworker import toy_tokenizers
-from tests.modelworker.in_process import VOCAB, Host, Worker, finished, greedy, tokens_of
+from tests.modelworker.in_process import (
+    Host,
+    Worker,
+    check_idle,
+    finished,
+    greedy,
+    prompt_of,
+    run,
+    tokens_of,
+)
 
 PAGE_SIZE = 8
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
-    return Tokenizer.from_folder(toy_tokenizers.folder(tmp_path_factory.mktemp("toy")))
-
-
-def prompt_of(length: int, seed: int = 0) -> list[int]:
-    return random.Random(seed).choices(range(VOCAB), k=length)
-
-
-def run(*workers: Worker, steps: int = 1000) -> None:
-    """Step all in turn until none has anything to do."""
-    for _ in range(steps):
-        if not any(worker.busy for worker in workers):
-            for worker in workers * 2:  # the last publish, then what it found to be double
-                worker.step()
-            return
-        for worker in workers:
-            worker.step()
-    raise AssertionError(f"still busy after {steps} steps: {workers[0].engine.health()}")
-
-
-def check_idle(host: Host) -> None:
-    """Nothing is held, nothing is queued: free and cached pages are all there are."""
-    host.check()
-    assert host.cache.num_available == host.cache.num_pages
-    assert host.cache.queue.counts() == (0, 0)
 
 
 def test_a_request_from_prompt_to_pages_given_back(tokenizer: Tokenizer) -> None:
@@ -74,10 +54,11 @@ def test_full_pages_are_shared_while_the_sequence_goes_on(tokenizer: Tokenizer) 
 
 
 def test_pages_computed_twice_are_swapped_and_given_back(tokenizer: Tokenizer) -> None:
-    """Both workers compute one prompt in the same step: the slower one's pages come back while it
-    still decodes."""
+    """Both workers compute one prompt in the same step, as they do where they do not wait for each
+    other: the slower one's pages come back while it still decodes."""
     host = Host(32, PAGE_SIZE)
-    left, right = Worker(host, tokenizer, "left"), Worker(host, tokenizer, "right")
+    limits = Limits(waits=False)
+    left, right = (Worker(host, tokenizer, name, limits) for name in ("left", "right"))
     prompt = prompt_of(33)
     events = [worker.submit("a", prompt, 30) for worker in (left, right)]
     for _ in range(4):
@@ -161,21 +142,6 @@ def test_after_their_patience_the_oldest_goes_first(tokenizer: Tokenizer) -> Non
         worker.step()
         order += [n for n, e in worker.events.items() if finished(e) and n not in order]
     assert order == ["known", "busy", "cold", "whole"]
-
-
-def test_the_others_of_a_request_wait_for_their_leader(tokenizer: Tokenizer) -> None:
-    """Its prompt is computed once, chunk by chunk; then the others start from its full pages."""
-    host = Host(64, PAGE_SIZE)
-    worker = Worker(host, tokenizer, limits=Limits(max_batch_tokens=8))
-    prompt = prompt_of(21)
-    events = worker.submit("a", prompt, 6, n=3)
-    run(worker)
-    assert worker.runner.batches[:3] == [[8], [8], [5]]
-    assert sum(map(sum, worker.runner.batches)) == 21 + 2 * 5 + 3 * 5
-    for index in range(3):
-        assert tokens_of(events, index) == greedy(prompt, 6)
-    assert [end.cached_tokens for end in finished(events)] == [0, 0, 0]
-    check_idle(host)
 
 
 def test_what_a_cancelled_request_has_computed_is_kept(tokenizer: Tokenizer) -> None:

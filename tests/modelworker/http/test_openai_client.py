@@ -6,7 +6,7 @@ import openai
 import pytest
 from openai.types.chat import ChatCompletionMessageParam
 
-from kvd_shared.errors import DaemonUnreachable, KvdError
+from kvd_shared.errors import DaemonUnreachable, KvdError, OverLimit
 from modelworker.requests import QueueFull, RequestTooLong
 from modelworker.tokenizer import Tokenizer
 from tests.modelworker.http.fake_engine import TEXT, FakeEngine
@@ -137,6 +137,7 @@ def test_more_than_the_context_is_too_long(client: openai.OpenAI, engine: FakeEn
     ("refusal", "cls", "status"),
     [
         (RequestTooLong("900 pages of 800"), openai.APIStatusError, 413),
+        (OverLimit("a prompt of 900 tokens"), openai.APIStatusError, 413),
         (QueueFull("256 requests wait"), openai.RateLimitError, 429),
         (DaemonUnreachable("no daemon"), openai.InternalServerError, 503),
         (KvdError("broken"), openai.InternalServerError, 500),

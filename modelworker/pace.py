@@ -1,0 +1,31 @@
+"""How fast this worker computes prompts, as it has measured by itself."""
+
+from __future__ import annotations
+
+# Until something was measured: slow, so that a new worker rather waits for another one than
+# computes the same prompt a second time. Its patience bounds what a wrong guess costs.
+FIRST_GUESS = 100.0  # tokens/s
+LEAST_TOKENS = 32  # of a step; fewer tell its fixed cost, not the pace
+KEPT = 0.8  # of what was measured before, each time
+
+
+class PrefillPace:
+    """An average that forgets: tokens over seconds of the latest steps that computed prompts, long
+    steps weighing more. What else ran in those steps (decoding) slows the pace, as it will again.
+
+    Invariant: both sums are above 0, or both are 0.
+    """
+
+    def __init__(self) -> None:
+        self._tokens = 0.0
+        self._seconds = 0.0
+
+    def note(self, num_tokens: int, seconds: float) -> None:
+        """A step computed so many tokens of prompts."""
+        if num_tokens >= LEAST_TOKENS and seconds > 0:
+            self._tokens = KEPT * self._tokens + num_tokens
+            self._seconds = KEPT * self._seconds + seconds
+
+    @property
+    def tokens_per_s(self) -> float:
+        return self._tokens / self._seconds if self._seconds else FIRST_GUESS
