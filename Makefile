@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 INPUTS := pyproject.toml constraints.txt
 
-.PHONY: help demo test check mutants format clean
+.PHONY: help demo test check mutants bench bench-daemon bench-trace bench-claims format clean
 
 help: ## show this help
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -25,6 +25,18 @@ check: $(VENV)/.dev ## ruff, mypy, import-linter
 
 mutants: $(VENV)/.dev ## apply one-line faults, see a test fail for each
 	$(BIN)/python -m tests.mutants.run $(ARGS)
+
+bench: bench-daemon bench-trace bench-claims ## all benchmarks, one after the other
+
+bench-daemon: $(VENV)/.dev ## what the cache core and its RPC cost, against the budgets
+	$(BIN)/python -m tests.benchmarks.daemon $(ARGS)
+
+bench-trace: $(VENV)/.dev ## hits on a trace of requests (TRACE=file POLICY=name CAPACITY=blocks)
+	$(BIN)/python -m tests.benchmarks.trace $(if $(TRACE),--trace "$(TRACE)") \
+		$(if $(POLICY),--policy "$(POLICY)") $(if $(CAPACITY),--capacity "$(CAPACITY)") $(ARGS)
+
+bench-claims: $(VENV)/.dev ## paged against contiguous memory, on the running system
+	$(BIN)/python -m tests.benchmarks.claims $(ARGS)
 
 format: $(VENV)/.dev ## put the code into shape
 	$(BIN)/ruff check --fix .
