@@ -116,18 +116,23 @@ def running_daemon(
     kv_dtype: str = "auto",
     model: Path | None = None,
     drain_timeout_s: float = 10.0,
+    max_sessions: int = 1024,
+    settings: str = "",
 ) -> Iterator[RunningDaemon]:
     """A daemon that serves one pool, "default", of an explicit layout, or of a `model` folder's.
+
+    `settings`: further keys of the pool, then tables of it, as lines of TOML.
 
     Its sockets are in a directory of its own with a short path; its configuration and its log are
     in `tmp_path`. On leaving, the process is ended and the directory removed, whatever happened.
     """
     socket_dir = Path(tempfile.mkdtemp(prefix="kvd"))
     layout = f"[pool.layout]\n{num_layers = }\n{num_kv_heads = }\n{head_dim = }\n"
-    source = f"model = {json.dumps(str(model))}\n" if model else layout
+    source = f"model = {json.dumps(str(model))}\n{settings}" if model else settings + layout
     config = tmp_path / f"{socket_dir.name}.toml"
     config.write_text(
         f'[daemon]\nsocket_dir = "{socket_dir}"\nlog_format = "json"\n{drain_timeout_s = }\n'
+        f"{max_sessions = }\n"
         f'[[pool]]\nname = "default"\nsize = "{num_pages} pages"\n{page_size = }\n'
         f'kv_dtype = "{kv_dtype}"\n{source}'
     )

@@ -170,10 +170,11 @@ def test_a_thousand_requests_in_a_tenth_of_the_pages(
         assert crowd.slowest_s < SLOWEST_S
         pool = check_all_given_back(daemon, num_pages)
         preempted = sum(len(worker.logs("sequence.preempted")) for worker in workers)
-    assert crowd.cached_tokens and pool["evicted_pages"] and preempted
+    evicted = pool["left_pages"]["evicted"]
+    assert crowd.cached_tokens and evicted and preempted
     print(
         f"{num_pages} pages, {NUM_REQUESTS / took_s:.0f} requests/s, slowest "
-        f"{crowd.slowest_s:.1f} s, {preempted} preemptions, {pool['evicted_pages']} evictions, "
+        f"{crowd.slowest_s:.1f} s, {preempted} preemptions, {evicted} evictions, "
         f"{pool['tokens_matched'] / pool['tokens_asked']:.0%} of the tokens cached, "
         f"{pool['duplicate_pages']} duplicates, near-ties {oracle.near_ties - near_ties}"
     )

@@ -15,7 +15,7 @@ from kvd.cache_check import check_cache
 from kvd.session import Session
 from kvd_shared.errors import NoPages
 from kvd_shared.namespace import Namespace
-from tests.kvd.paired_cache import PAGE_SIZE, packed, page_tokens, unpacked
+from tests.kvd.tokens import PAGE_SIZE, packed, page_tokens, unpacked
 
 MAIN = Namespace(model="m")
 FUNERAL_ROUNDS = 3  # from a session's end to the proof of its process's death
@@ -63,7 +63,7 @@ class Worker:
     def start(self, sequence: Sequence) -> None:
         try:
             found = self.host.cache.acquire(
-                self.session, MAIN, sequence.tokens, sequence.known, sequence.number
+                self.session, MAIN, sequence.tokens, sequence.known, sequence.number, self.host.now
             )
         except NoPages:
             return
@@ -76,7 +76,7 @@ class Worker:
             self.finish(sequence)
             return
         try:
-            new = self.host.cache.allocate(self.session, 1, sequence.number)
+            new = self.host.cache.allocate(self.session, 1, sequence.number, self.host.now)
         except NoPages:
             return
         sequence.pages += unpacked(new)
@@ -99,7 +99,9 @@ class Worker:
 
     def publish(self, sequence: Sequence) -> None:
         sent = sequence.pages
-        done = self.host.cache.publish(self.session, MAIN, sequence.tokens, packed(sent), None)
+        done = self.host.cache.publish(
+            self.session, MAIN, sequence.tokens, packed(sent), None, self.host.now
+        )
         sequence.pages = unpacked(done.refs)
         duplicates = [a for a, b in zip(sent, sequence.pages, strict=True) if a != b]
         self.host.cache.free(self.session, packed(duplicates), self.host.now)
@@ -136,20 +138,23 @@ class Host:
             worker.turn()
             self.pass_on()
         for due, session in [d for d in self.dying if d[0] <= self.round]:
-            self.cache.release_session(session, self.now)
+            self.cache.release_session(session)
+            while self.cache.sweep(self.now):
+                check_cache(self.cache)
             self.dying.remove((due, session))
         check_cache(self.cache)
 
     def pass_on(self) -> None:
         """Deliver the notices; nobody who is the oldest of all that want or have pages gets one."""
-        for request in self.cache.to_yield:
+        for kind, request, _ in self.cache.notices:
+            assert kind == "yield"
             active = [r for r in self.cache.queue._requests.values() if r.running or r.demand]
             assert request not in active[:1], "the oldest was asked to yield"
             if self.rng.random() >= self.lost:
                 for worker in self.workers:
                     if worker.session is request.session:
                         worker.notices.append(request.number)
-        self.cache.to_yield.clear()
+        self.cache.notices.clear()
 
     def kill(self, worker: Worker) -> None:
         """Its sequences begin anew elsewhere, as the youngest; its pages come back later."""

@@ -2,242 +2,227 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Callable
+from array import array
 from typing import Any
 
-import numpy as np
-
-from kvd.cache import CacheManager
-from kvd.cache_check import check_cache
-from kvd.session import Session
-from kvd_shared.errors import BadRequest, KvdError, NoPages
+from kvd.retention import DEFAULT_PRIORITY
 from kvd_shared.namespace import Namespace
-from kvd_shared.refs import TOKEN_BYTES, refs_from_bytes
-from tests.kvd.reference_model import Key, Path, ReferenceModel
-
-PAGE_SIZE = 8
-MOST_BEGUN_AT_ONCE = 4096
-PAGE_BYTES = PAGE_SIZE * TOKEN_BYTES
-Outcome = tuple[str, Any]
+from tests.kvd.agreement import agree_order
+from tests.kvd.paired_work import PairedWork
+from tests.kvd.pairing import Outcome
+from tests.kvd.tokens import packed, unpacked
 
 
-def page_tokens(tokens: str) -> bytes:
-    """One page of tokens for each letter: "ab" are 8 times 97 and 8 times 98."""
-    return b"".join(np.full(PAGE_SIZE, ord(t), dtype="<i4").tobytes() for t in tokens)
+class PairedCache(PairedWork):
+    """What workers ask, and besides: sequences by handle, tickets, operators, deaths and time."""
 
+    # --- sequences, by handle
 
-def packed(refs: list[int]) -> bytes:
-    return np.array(refs, dtype="<i8").tobytes()
+    def open_sequence(
+        self, session: int, namespace: Namespace, tokens: bytes, number: int | None, ahead: int,
+        least: int | None = None, announce: bool = False, rate: float | None = None,
+    ) -> Outcome:  # fmt: skip
+        one, mine = self.both_sessions(session)
+        return self._found(
+            lambda: self.core.sequences.open(
+                one, namespace, tokens, number, ahead, self.now, least, announce, rate
+            ),
+            lambda new, chosen: self.model_sequences.open(
+                mine, namespace, tokens, number, ahead, self.now, least, announce, rate,
+                new, chosen,
+            ),
+        )  # fmt: skip
 
+    def extend(self, session: int, rows: list[tuple[int, int, bytes]]) -> Outcome:
+        """Rows of (handle, tokens computed, new tokens). Returns (status, new pages, swaps)."""
+        one, mine = self.both_sessions(session)
+        handles, computed, tokens = zip(*rows, strict=True)
 
-def unpacked(refs: bytes) -> list[int]:
-    return refs_from_bytes(refs).tolist()
+        def core() -> list[tuple[int, list[int], list[tuple[int, int]]]]:
+            done = self.core.sequences.extend(
+                one,
+                array("q", handles),
+                array("i", computed),
+                array("i", [len(t) // 4 for t in tokens]),
+                b"".join(tokens),
+                self.now,
+            )
+            swaps: list[list[tuple[int, int]]] = [[] for _ in rows]
+            for row, place, ref in zip(
+                done.swap_rows, done.swap_places, done.swap_refs, strict=True
+            ):
+                swaps[row].append((place, ref))
+            refs = done.refs.tolist()
+            return [
+                (status, [refs.pop(0) for _ in range(count)], swaps[row])
+                for row, (status, count) in enumerate(zip(done.status, done.num_new, strict=True))
+            ]
 
+        def model(got: Any) -> Any:
+            self.model.live(mine)
+            return [
+                (row.status, row.new, row.swaps)
+                for (handle, computed, tokens), (_, new, _) in zip(rows, got, strict=True)
+                for row in [
+                    self.model_sequences.extend(mine, handle, computed, tokens, self.now, new)
+                ]
+            ]
 
-def path_of(tokens: bytes) -> Path:
-    return tuple(tokens[i : i + PAGE_BYTES] for i in range(0, len(tokens), PAGE_BYTES))
+        return self._both(core, model)
 
+    def fork_sequence(self, session: int, handle: int, numbers: list[int | None]) -> Outcome:
+        one, mine = self.both_sessions(session)
 
-class PairedCache:
-    """Each method performs one operation on both, asserts that answer and state agree, and returns
-    the answer as ("ok", value) or (error code, missing pages)."""
-
-    def __init__(self, num_pages: int, num_sessions: int = 3) -> None:
-        self.core = CacheManager(num_pages, PAGE_SIZE)
-        self.model = ReferenceModel(num_pages)
-        self.now = 0.0
-        self.sessions: dict[int, Session] = {}
-        for session in range(1, num_sessions + 1):
-            self.open(session)
-
-    def open(self, session: int) -> None:
-        self.sessions[session] = self.core.open_session(session, f"worker {session}", self.now)
-        self.model.holds[session] = Counter()
-
-    # --- operations
-
-    def begin(self, session: int, count: int) -> Outcome:
-        def model(_: Any) -> int:
-            if not 1 <= count <= MOST_BEGUN_AT_ONCE:
-                raise BadRequest("")
-            return self.model.queue.begin(session, count)
-
-        return self._both(lambda: self.core.begin(self.sessions[session], count), model)
-
-    def end(self, session: int, number: int) -> Outcome:
-        return self._both(
-            lambda: self.core.end(self.sessions[session], number),
-            lambda _: self.model.queue.end(session, number),
-        )
-
-    def yielded(self, session: int, number: int) -> Outcome:
-        return self._both(
-            lambda: self.core.yielded(self.sessions[session], number),
-            lambda _: self.model.queue.yielded(session, number),
-        )
-
-    def match(self, session: int, name: str, tokens: bytes) -> Outcome:
-        def core() -> list[int]:
-            asked = self.core.probe(self.sessions[session], Namespace(model=name), tokens)
-            found = self.core.match(self.sessions[session], Namespace(model=name), tokens)
-            assert asked == found.matched_tokens == found.num_matched_pages * PAGE_SIZE
-            assert (found.stop == "limit") == (found.num_matched_pages == len(matchable(tokens)))
-            return unpacked(found.refs)
-
-        return self._both(core, lambda _: self.model.match(session, name, matchable(tokens)))
-
-    def acquire(
-        self, session: int, name: str, tokens: bytes, num_pages: int, number: int | None
-    ) -> Outcome:
-        matched = 0
-
-        def core() -> list[int]:
-            nonlocal matched
-            namespace = Namespace(model=name)
-            found = self.core.acquire(self.sessions[session], namespace, tokens, num_pages, number)
-            matched = found.num_matched_pages
-            return unpacked(found.refs)
+        def core() -> tuple[list[int], list[int], list[int]]:
+            handles, new, source = self.core.sequences.fork(one, handle, numbers, self.now)
+            return handles, unpacked(new), [] if source is None else [source]
 
         return self._both(
             core,
-            lambda got: self.model.acquire(
-                session, name, matchable(tokens), num_pages, number, (got or [])[matched:]
+            lambda got: self.model_sequences.fork(
+                mine, handle, numbers, self.now, got[1] if got else []
             ),
         )
 
-    def allocate(self, session: int, count: int, number: int | None) -> Outcome:
+    def close(self, session: int, handles: list[int]) -> Outcome:
+        one, mine = self.both_sessions(session)
         return self._both(
-            lambda: unpacked(self.core.allocate(self.sessions[session], count, number)),
-            lambda got: self.model.allocate(session, count, number, got or []),
+            lambda: self.core.sequences.close(one, array("q", handles), self.now),
+            lambda _: self.model_sequences.close(mine, handles, self.now),
         )
 
-    def share(self, session: int, refs: list[int]) -> Outcome:
+    # --- handing over
+
+    def hand_over(self, session: int, refs: list[int], ticket: bytes, ttl_s: float) -> Outcome:
+        one, mine = self.both_sessions(session)
         return self._both(
-            lambda: self.core.share(self.sessions[session], packed(refs)),
-            lambda _: self.model.share(session, refs),
+            lambda: self.core.handover.hand_over(one, packed(refs), ticket, ttl_s, self.now),
+            lambda _: self.model_tickets.hand_over(mine, refs, ticket, ttl_s, self.now),
         )
 
-    def free(self, session: int, refs: list[int]) -> Outcome:
-        self.now += 1
-        return self._both(
-            lambda: self.core.free(self.sessions[session], packed(refs), self.now),
-            lambda _: self.model.give_back(session, refs),
-        )
+    def take_over(self, session: int, ticket: bytes) -> Outcome:
+        one, mine = self.both_sessions(session)
 
-    def publish(
-        self, session: int, name: str, tokens: bytes, refs: list[int], after: int | None
+        def core() -> tuple[list[int], int]:
+            refs, tokens = self.core.handover.take_over(one, ticket, self.now)
+            return unpacked(refs), tokens
+
+        return self._both(core, lambda _: self.model_tickets.take_over(mine, ticket, self.now))
+
+    # --- operators
+
+    def operator_retain(
+        self, namespace: Namespace, tokens: bytes, duration_s: float | None
     ) -> Outcome:
-        def core() -> list[int]:
-            namespace = Namespace(model=name)
-            done = self.core.publish(self.sessions[session], namespace, tokens, packed(refs), after)
-            canonical = unpacked(done.refs)
-            differ = sum(a != b for a, b in zip(canonical, refs, strict=True))
-            assert done.num_duplicates == differ
-            return canonical
+        return self._both(
+            lambda: self.core.operator.retain(namespace, tokens, duration_s, self.now),
+            lambda _: self.model_operator.retain(namespace, tokens, duration_s, self.now),
+        )
 
-        path = path_of(tokens)
-        return self._both(core, lambda _: self.model.publish(session, name, path, refs, after))
+    def operator_release(self, number: int) -> Outcome:
+        return self._both(
+            lambda: self.core.operator.release(number, self.now),
+            lambda _: self.model_operator.release(number, self.now),
+        )
+
+    def evict(self, count: int) -> Outcome:
+        def model(got: Any) -> int:
+            self.model.tree.now = self.now
+            count_now = min(count, self.model.tree.num_evictable)
+            self.model.tree.evict(count_now, set())
+            return count_now
+
+        return self._both(lambda: self.core.evict(count, self.now), model)
+
+    def flush(self, namespace: Namespace) -> Outcome:
+        def core() -> None:
+            root = self.core.tree.roots.get(namespace)
+            self.core.flush([root] if root else [])
+
+        return self._both(core, lambda _: self.model.flush(namespace, "flushed"))
+
+    def raise_weights_version(self, model_name: str | None, version: int) -> Outcome:
+        """And flush what is too old then, as the daemon does in one turn."""
+
+        def core() -> None:
+            self.core.raise_weights_version(model_name, version)
+            roots, is_stale = list(self.core.tree.roots.values()), self.core.versions.is_stale
+            self.core.flush([r for r in roots if is_stale(r.namespace)], "stale_version")
+
+        return self._both(core, lambda _: self.model.raise_weights_version(model_name, version))
+
+    # --- sessions and time
 
     def end_session(self, session: int) -> None:
-        self.core.end_session(self.sessions[session])
-        self.model.end_session(session)
-        self.agree()
+        one, mine = self.both_sessions(session)
+        self._both(lambda: self.core.end_session(one), lambda _: self.model.end_session(mine))
 
     def release_session(self, session: int) -> None:
-        self.core.release_session(self.sessions[session], self.now)
-        self.model.release_session(session, eviction_order(self.core))
-        self.agree()
+        one, mine = self.both_sessions(session)
 
-    # --- agreement
+        def model(_: Any) -> None:
+            self.model.end_session(mine)
+            self.model.bury(mine)
+            self.model_sequences.drop_session(mine)
 
-    def _both(self, core: Callable[[], Any], model: Callable[[Any], Any]) -> Outcome:
-        before, got = snapshot(self.core), None
-        try:
-            got = core()
-            here: Outcome = ("ok", got)
-        except KvdError as e:
-            here = (e.code, e.details.get("missing"))
-            refused = snapshot(self.core)
-            if isinstance(e, NoPages):  # leaves its demand in the queue, and nothing else
-                del before["queue"], refused["queue"]
-            assert refused == before, f"{e.code} changed the cache"
-        try:
-            there: Outcome = ("ok", model(got))
-        except KvdError as e:
-            there = (e.code, e.details.get("missing"))
-        assert here == there, f"core {here}, model {there}"
-        self.agree()
-        return here
+        self._both(lambda: self.core.release_session(one), model)
+        del self.sessions[session]
 
-    def agree(self) -> None:
-        check_cache(self.core)
-        core, model = self.core, self.model
-        assert set(unpacked(core.free_list.check().tobytes())) == model.free
-        assert cached_pages(core) == model.cached
-        assert eviction_order(core) == model.lru
-        for session in core.sessions.values():
-            held = Counter(session.writing) + Counter(session.sealed)
-            for node in session.nodes:
-                held.update(dict.fromkeys(unpacked(node.refs), node.holders[session]))
-            assert held == +model.holds[session.id], f"{session} holds otherwise"
-        requests = [
-            (r.number, r.session.id, r.running, r.demand, r.asked)
-            for r in core.queue._requests.values()
-        ]
-        assert requests == [
-            (r.number, r.session, r.running, r.demand, r.asked) for r in model.queue.requests
-        ]
+    def tick(self) -> Outcome:
+        def model(_: Any) -> None:
+            self.model.queue.tick(self.now)
+            self.model.waits.tick(self.now)
+            self.model_tickets.tick(self.now)
+            self.model_operator.tick(self.now)
 
+        return self._both(lambda: self.core.tick(self.now), model)
 
-def matchable(tokens: bytes) -> Path:
-    """The full pages before the last token."""
-    if not tokens:
-        raise BadRequest("")
-    return tuple(p for p in path_of(tokens[:-TOKEN_BYTES]) if len(p) == PAGE_BYTES)
+    def sweep(self) -> bool:
+        """One portion; returns whether there is more."""
+        tree = self.model.tree
 
+        def model(more: bool) -> bool:
+            before = tree.in_order
+            decayed = self._model_sweep()
+            agree_order(self.view, self.model, tree.in_order - before | decayed)
+            return more
 
-def cached_pages(core: CacheManager) -> dict[Key, int]:
-    cached: dict[Key, int] = {}
-    paths: dict[int, Path] = {}
-    for node in core.tree.nodes():  # parents before children
-        assert node.parent is not None
-        start = paths.get(node.parent.id, ())
-        path = paths[node.id] = start + path_of(node.tokens)
-        for i, ref in enumerate(unpacked(node.refs)):
-            cached[node.namespace.model, path[: len(start) + i + 1]] = ref
-    return cached
+        more: bool = self._both(lambda: self.core.sweep(self.now), model)[1]
+        if not more:
+            assert not self.model.dying and not tree.doomed() and not tree.due(self.now)
+            assert self.told.pages.keys() == {r for r, p in tree.pages.items() if not p.gone_for}
+        return more
 
+    def sweep_all(self) -> None:
+        for _ in range(1000):
+            if not self.sweep():
+                return
+        raise AssertionError("sweep has more to do for ever")
 
-def eviction_order(core: CacheManager) -> list[int]:
-    """Page by page, from each leaf's end upwards."""
-    return [ref for node in core.tree._unprotected for ref in reversed(unpacked(node.refs))]
-
-
-def snapshot(core: CacheManager) -> dict[str, Any]:
-    """All that an operation can change, as plain values."""
-    tree, queue = core.tree, core.queue
-    return {
-        "tree": [
-            (
-                (n.id, n.namespace, n.tokens, n.refs, n.protected_children, n.last_use_s),
-                [(session.id, count) for session, count in n.holders.items()],
-                [child.id for child in n.children.values()],
-            )
-            for n in tree.nodes()
-        ],
-        "order": [n.id for n in tree._unprotected],
-        "counts": (tree.num_pages, tree.num_evictable, tree._next_id, tree.num_namespaces),
-        "places": tree._node_id_of.tobytes(),
-        "free": (core.free_list._stack.tobytes(), core.free_list._current.tobytes()),
-        "sessions": [
-            (s.id, s.ended, dict(s.writing), dict(s.sealed), [n.id for n in s.nodes])
-            for s in core.sessions.values()
-        ],
-        "queue": (
-            queue._next,
-            [(r.number, r.running, r.demand, r.asked) for r in queue._requests.values()],
-            list(core.to_yield),
-        ),
-        "counters": str(core.counters),
-    }
+    def _model_sweep(self) -> set[int]:
+        """What may be done by and by; how much of it was done is the core's choice. Returns the
+        pages that have come to another place in the order."""
+        model, tree, now = self.model, self.model.tree, self.now
+        tree.now = now
+        if model.dying:
+            mine = model.dying[0]
+            one = self.core.sessions.get(mine.number)
+            left = self.view.held(one) if one else {}
+            model.drop(mine, set(left), now)
+            if one is None:
+                model.dying.remove(mine)
+                del model.sessions[mine.number]
+            return set()
+        moved = set()
+        while gone := [p for p in tree.doomed() if not self.view.is_in_tree(p.ref)]:
+            tree.leave(gone[0], gone[0].gone_for)
+        for page in tree.due(now):
+            if page.gone_for:
+                continue
+            if page.expires_s <= now:
+                if not self.view.is_matchable(page.ref):
+                    tree.expire(page)
+            elif self.view.has_decayed(page.ref):
+                moved |= {page.ref} if page.priority != DEFAULT_PRIORITY else set()
+                tree.decay(page)
+        return moved

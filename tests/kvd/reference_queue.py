@@ -7,19 +7,22 @@ from dataclasses import dataclass
 from kvd_shared.errors import UnknownRequest
 
 
-@dataclass
+@dataclass(eq=False)
 class Request:
     number: int
     session: int
     running: bool = False
     demand: int = 0  # pages that were refused last
     asked: bool = False  # to yield
+    seen_s: float | None = None  # since when it has been known to be asked
+    overdue: bool = False
 
 
 class ReferenceQueue:
     def __init__(self) -> None:
         self.requests: list[Request] = []  # oldest first
         self.next_number = 1
+        self.notices: list[tuple[str, int, int]] = []  # (kind, request, tokens)
 
     def begin(self, session: int, count: int) -> int:
         first, self.next_number = self.next_number, self.next_number + count
@@ -32,15 +35,12 @@ class ReferenceQueue:
                 return request
         raise UnknownRequest("")
 
-    def end(self, session: int, number: int) -> None:
-        self.requests.remove(self.get(session, number))
-
     def end_session(self, session: int) -> None:
         self.requests = [r for r in self.requests if r.session != session]
 
-    def yielded(self, session: int, number: int) -> None:
-        request = self.get(session, number)
+    def yielded(self, request: Request) -> None:
         request.running, request.demand, request.asked = False, 0, False
+        request.seen_s, request.overdue = None, False
 
     def reserved_from(self, one: Request | None) -> int:
         """Pages that others wait for and that `one` may not take."""
@@ -50,13 +50,24 @@ class ReferenceQueue:
         one.running, one.demand = True, 0
 
     def refused(self, one: Request, wanted: int) -> None:
-        """The first of the growing, else the oldest of all, has the youngest running one yield."""
+        """The first of the growing, else the oldest of all, has the youngest running one yield.
+        Whoever was asked already is told again."""
         one.demand = wanted
         active = [r for r in self.requests if r.running or r.demand]
         growing = [r for r in active if r.running and r.demand]
-        younger = [r for r in active if r.running and r.number > one.number]
-        if one is [*growing, *active][0] and younger and not any(r.asked for r in self.requests):
+        younger = [r for r in active if r.running and not r.asked and r.number > one.number]
+        waited_for = [r for r in self.requests if r.asked and not r.overdue]
+        if one.asked:
+            self.notices.append(("yield", one.number, 0))
+        elif one is [*growing, *active][0] and younger and not waited_for:
             younger[-1].asked = True
+            self.notices.append(("yield", younger[-1].number, 0))
+
+    def tick(self, now: float) -> None:
+        for request in self.requests:
+            if request.asked:
+                request.seen_s = now if request.seen_s is None else request.seen_s
+                request.overdue = now - request.seen_s >= 2.0
 
 
 def goes_before(other: Request, one: Request | None) -> bool:

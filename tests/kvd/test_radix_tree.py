@@ -11,13 +11,17 @@ import random
 
 import pytest
 
+from kvd.cache import NO_OPTIONS
 from kvd.node import Node
-from kvd.radix_tree import RadixTree, Span
+from kvd.options import CacheOptions
+from kvd.radix_tree import RadixTree
+from kvd.retention import NO_WISH
 from kvd.session import Session
 from kvd.tree_check import check_tree
+from kvd.tree_reading import Span, Walk
 from kvd_shared.namespace import Namespace
-from kvd_shared.refs import TOKEN_BYTES
-from tests.kvd.paired_cache import PAGE_BYTES, PAGE_SIZE, packed, page_tokens, unpacked
+from kvd_shared.refs import TOKEN_BYTES, page_of
+from tests.kvd.tokens import PAGE_BYTES, PAGE_SIZE, packed, page_tokens, unpacked
 
 MAIN = Namespace(model="m")
 
@@ -25,8 +29,8 @@ MAIN = Namespace(model="m")
 class Garden:
     """A tree and two sessions; pages are numbered as they are published."""
 
-    def __init__(self, num_pages: int = 100) -> None:
-        self.tree = RadixTree(num_pages, PAGE_SIZE)
+    def __init__(self, num_pages: int = 100, options: CacheOptions = NO_OPTIONS) -> None:
+        self.tree = RadixTree(num_pages, PAGE_SIZE, options)
         self.one, self.two = Session(1, "one", 0.0), Session(2, "two", 0.0)
         self.now = 0.0
         self.free = list(range(num_pages))
@@ -35,7 +39,7 @@ class Garden:
         self, tokens: bytes, session: Session, count: int = 1, where: Namespace = MAIN
     ) -> list[int]:
         """Hold what is there and insert the rest, as the cache's publish does."""
-        known = self.tree.walk(where, tokens, len(tokens) // PAGE_BYTES)
+        known = self.tree.walk(where, tokens, len(tokens) // PAGE_BYTES, self.now)
         refs = unpacked(known.refs)
         for span in known.spans:
             self.tree.hold(span, session)
@@ -44,7 +48,7 @@ class Garden:
         if new:
             rest = tokens[len(refs) * PAGE_BYTES :]
             after = refs[-1] if refs else None
-            self.tree.insert(where, after, rest, packed(new), session, count)
+            self.tree.insert(where, after, rest, packed(new), session, count, NO_WISH, self.now)
         check_tree(self.tree)
         return refs + new
 
@@ -62,7 +66,7 @@ class Garden:
         check_tree(self.tree)
 
     def evict(self, count: int) -> list[int]:
-        gone = unpacked(self.tree.evict(count))
+        gone = unpacked(self.tree.evict(count, self.now))
         check_tree(self.tree)
         self.free += gone
         return gone
@@ -78,10 +82,17 @@ class Garden:
             for child in sorted(node.children.values(), key=lambda n: n.tokens):
                 draw(child, depth + 1)
 
-        for root in self.tree._roots.values():
-            for child in sorted(root.children.values(), key=lambda n: n.tokens):
+        for root in self.tree.roots.values():
+            for child in sorted(root.top.children.values(), key=lambda n: n.tokens):
                 draw(child, 0)
         return lines
+
+
+def walk_after(tree: RadixTree, ref: int, tokens: bytes, limit: int, now: float) -> Walk:
+    """The walk that goes on behind a page."""
+    node = tree.node_of(ref)
+    assert node is not None
+    return tree.walk_from(node, tree.depth_of(page_of(ref)) + 1, tokens, limit, now)
 
 
 def abc(letters: str) -> bytes:
@@ -110,11 +121,13 @@ def test_publishing_page_by_page_makes_one_node_not_a_chain() -> None:
     garden = Garden()
     pages = garden.publish(abc("a"), garden.one)
     for i, letter in enumerate("bcd"):
-        garden.tree.insert(MAIN, pages[-1], abc(letter), packed([50 + i]), garden.one, 1)
+        garden.tree.insert(
+            MAIN, pages[-1], abc(letter), packed([50 + i]), garden.one, 1, NO_WISH, 0.0
+        )
         pages.append(50 + i)
         check_tree(garden.tree)
     assert garden.drawn() == ["abcd 1"]
-    assert unpacked(garden.tree.walk(MAIN, abc("abcd"), 4).refs) == pages
+    assert unpacked(garden.tree.walk(MAIN, abc("abcd"), 4, 0.0).refs) == pages
 
 
 @pytest.mark.parametrize(
@@ -132,7 +145,7 @@ def test_a_node_grows_in_place_only_where_all_its_pages_stay_held_alike(
     pages = garden.publish(abc("ab"), garden.one)
     if also_held:
         garden.hold(pages, garden.two)
-    garden.tree.insert(MAIN, pages[-1], abc("c"), packed([50]), garden.one, count)
+    garden.tree.insert(MAIN, pages[-1], abc("c"), packed([50]), garden.one, count, NO_WISH, 0.0)
     check_tree(garden.tree)
     assert garden.drawn() == expected
 
@@ -140,7 +153,7 @@ def test_a_node_grows_in_place_only_where_all_its_pages_stay_held_alike(
 def test_nothing_grows_in_place_from_the_middle_of_a_node() -> None:
     garden = Garden()
     pages = garden.publish(abc("abc"), garden.one)
-    garden.tree.insert(MAIN, pages[0], abc("x"), packed([50]), garden.one, 1)
+    garden.tree.insert(MAIN, pages[0], abc("x"), packed([50]), garden.one, 1, NO_WISH, 0.0)
     check_tree(garden.tree)
     assert garden.drawn() == ["a 1", "  bc 1", "  x 1"]
 
@@ -155,7 +168,7 @@ def test_one_differing_token_ends_the_match_before_its_page() -> None:
         for token in (0, PAGE_SIZE - 1):
             at = page * PAGE_BYTES + token * TOKEN_BYTES
             asked = abc("abcd")[:at] + b"\xff\0\0\0" + abc("abcd")[at + TOKEN_BYTES :]
-            assert garden.tree.walk(MAIN, asked, 4).num_pages == page
+            assert garden.tree.walk(MAIN, asked, 4, 0.0).num_pages == page
 
 
 def test_a_walk_stops_at_its_limit_within_a_node_and_between_two() -> None:
@@ -163,10 +176,10 @@ def test_a_walk_stops_at_its_limit_within_a_node_and_between_two() -> None:
     first = garden.publish(abc("abcd"), garden.one)
     second = garden.publish(abc("abxy"), garden.one)
     for limit in range(5):
-        assert unpacked(garden.tree.walk(MAIN, abc("abcd"), limit).refs) == first[:limit]
-        assert unpacked(garden.tree.walk(MAIN, abc("abxy"), limit).refs) == second[:limit]
-    assert unpacked(garden.tree.walk_after(first[0], abc("bxyz"), 4).refs) == second[1:]
-    assert unpacked(garden.tree.walk_after(first[1], abc("cd"), 1).refs) == first[2:3]
+        assert unpacked(garden.tree.walk(MAIN, abc("abcd"), limit, 0.0).refs) == first[:limit]
+        assert unpacked(garden.tree.walk(MAIN, abc("abxy"), limit, 0.0).refs) == second[:limit]
+    assert unpacked(walk_after(garden.tree, first[0], abc("bxyz"), 4, 0.0).refs) == second[1:]
+    assert unpacked(walk_after(garden.tree, first[1], abc("cd"), 1, 0.0).refs) == first[2:3]
 
 
 def test_a_walk_from_the_middle_of_a_node_does_not_jump_to_its_children() -> None:
@@ -175,8 +188,8 @@ def test_a_walk_from_the_middle_of_a_node_does_not_jump_to_its_children() -> Non
     first = garden.publish(abc("abcx"), garden.one)
     garden.publish(abc("abcy"), garden.one)
     assert garden.drawn() == ["abc 2", "  x 1", "  y 1"]
-    assert garden.tree.walk_after(first[0], abc("x"), 1).num_pages == 0
-    assert unpacked(garden.tree.walk_after(first[0], abc("bcx"), 3).refs) == first[1:]
+    assert walk_after(garden.tree, first[0], abc("x"), 1, 0.0).num_pages == 0
+    assert unpacked(walk_after(garden.tree, first[0], abc("bcx"), 3, 0.0).refs) == first[1:]
 
 
 def test_namespaces_are_apart_and_vanish_with_their_last_page() -> None:
@@ -185,8 +198,10 @@ def test_namespaces_are_apart_and_vanish_with_their_last_page() -> None:
     mine = garden.publish(abc("ab"), garden.one)
     theirs = garden.publish(abc("ab"), garden.two, where=other)
     assert not set(mine) & set(theirs)
-    assert unpacked(garden.tree.walk(other, abc("abc"), 3).refs) == theirs
-    assert garden.tree.walk(Namespace(model="m", weights_version=1), abc("ab"), 2).num_pages == 0
+    assert unpacked(garden.tree.walk(other, abc("abc"), 3, 0.0).refs) == theirs
+    assert (
+        garden.tree.walk(Namespace(model="m", weights_version=1), abc("ab"), 2, 0.0).num_pages == 0
+    )
     garden.release(mine, garden.one)
     assert garden.evict(2) == mine
     assert garden.tree.num_namespaces == 1 and garden.drawn() == ["ab 0 1"]
@@ -203,10 +218,10 @@ def test_a_reference_of_an_earlier_use_names_no_node() -> None:
 def test_two_neighbours_whose_bytes_look_like_a_third_page_are_not_taken_for_it() -> None:
     """Page 0 at generation 5 is the bytes (0, 5), which also stand between the references (7, 0)
     and (5, 0)."""
-    tree, session = RadixTree(10, PAGE_SIZE), Session(1, "one", 0.0)
+    tree, session = RadixTree(10, PAGE_SIZE, NO_OPTIONS), Session(1, "one", 0.0)
     refs = [7, 5, 5 << 32, 1]
-    tree.insert(MAIN, None, abc("abcd"), packed(refs), session, 1)
-    found = tree.walk_after(refs[2], abc("d"), 1)
+    tree.insert(MAIN, None, abc("abcd"), packed(refs), session, 1, NO_WISH, 0.0)
+    found = walk_after(tree, refs[2], abc("d"), 1, 0.0)
     assert unpacked(found.refs) == [1]
     assert [unpacked(span.refs) for _, span in tree.pieces(packed(refs[2:])) if span] == [refs[2:]]
 
@@ -232,7 +247,7 @@ def test_letting_go_of_the_middle_frees_nothing_while_later_pages_are_held() -> 
     assert garden.tree.num_evictable == 0
     garden.release(pages[3:], garden.one)
     assert garden.tree.num_evictable == 3
-    assert garden.evict(3) == [pages[3], *pages[1:3]]
+    assert garden.evict(3) == pages[1:]  # b, c and d were released and are one node again
     assert garden.drawn() == ["a 1"]
 
 
@@ -298,7 +313,7 @@ def test_a_trimmed_leaf_grows_again_with_other_pages() -> None:
     garden.evict(2)
     again = garden.publish(abc("axc"), garden.one)
     assert again[0] == pages[0]
-    assert unpacked(garden.tree.walk(MAIN, abc("abc"), 3).refs) == pages[:1]
+    assert unpacked(garden.tree.walk(MAIN, abc("abc"), 3, 0.0).refs) == pages[:1]
 
 
 # --- against brute force
@@ -315,19 +330,36 @@ class BruteForce:
         fits = [p for p in self.pages if p[0] == where and usable.startswith(p[1])]
         return [ref for _, _, ref in sorted(fits, key=lambda p: len(p[1]))]
 
+    def partial(self, where: Namespace, tokens: bytes, matched: int) -> dict[int, int]:
+        """How many tokens each page that continues the prefix has in common with the rest."""
+        start = matched * PAGE_BYTES
+        found = {}
+        for name, upto, ref in self.pages:
+            if name == where and len(upto) == start + PAGE_BYTES and upto[:start] == tokens[:start]:
+                pairs = zip(upto[start:], tokens[start:], strict=False)
+                same = next((i for i, (a, b) in enumerate(pairs) if a != b), None)
+                most = min(PAGE_BYTES, len(tokens) - start)
+                found[ref] = (most if same is None else same) // TOKEN_BYTES
+        return found
+
 
 @pytest.mark.parametrize("seed", range(10))
 def test_the_tree_finds_what_brute_force_finds(seed: int) -> None:
+    """Whole pages, and the page that continues them best; pages are evicted, flushed and expire
+    (all of them after five seconds without a hold, which `release` counts)."""
     for i in range(100):
         rng = random.Random(seed * 100 + i)
-        garden, brute, held = Garden(32), BruteForce(), list[tuple[Session, list[int]]]()
+        ttl_s = rng.choice([None, 5.0])
+        garden, brute = Garden(32, CacheOptions(ttl_s=ttl_s)), BruteForce()
+        held = list[tuple[Session, list[int]]]()
         for _ in range(30):
             where = Namespace(model=rng.choice("mn"))
             tokens = random_tokens(rng)
             limit = rng.randint(0, len(tokens) // PAGE_BYTES)
-            found = garden.tree.walk(where, tokens, limit)
+            found = garden.tree.walk(where, tokens, limit, garden.now)
             assert unpacked(found.refs) == brute.longest_prefix(where, tokens, limit)
             assert found.num_pages == len(unpacked(found.refs))
+            check_partial(garden, brute, where, tokens)
 
             whole = tokens[: len(tokens) // PAGE_BYTES * PAGE_BYTES]
             if len(garden.free) >= 8 and whole:
@@ -347,6 +379,35 @@ def test_the_tree_finds_what_brute_force_finds(seed: int) -> None:
             if evictable and rng.random() < 0.3:
                 gone = garden.evict(rng.randint(1, evictable))
                 brute.pages = [p for p in brute.pages if p[2] not in gone]
+            if rng.random() < 0.05 and where in garden.tree.roots:
+                garden.tree.flush(garden.tree.roots[where], "flushed")
+                brute.pages = [p for p in brute.pages if p[0] != where]
+            if rng.random() < 0.1:
+                garden.now += 3.0
+            if ttl_s is not None:
+                brute.pages = [p for p in brute.pages if not expired(garden, p[2])]
+
+
+def check_partial(garden: Garden, brute: BruteForce, where: Namespace, tokens: bytes) -> None:
+    num_tokens = len(tokens) // TOKEN_BYTES
+    walk = garden.tree.walk(where, tokens, (num_tokens - 1) // PAGE_SIZE, garden.now)
+    got = garden.tree.partial(walk, tokens, num_tokens - 1, garden.now)
+    best = brute.partial(where, tokens[:-TOKEN_BYTES], walk.num_pages)
+    if got is None:
+        assert max(best.values(), default=0) == 0
+    else:
+        (ref,) = unpacked(Span(got[0], got[1], got[1] + 1).refs)
+        assert got[1] == walk.num_pages and best[ref] == got[2] == max(best.values())
+
+
+def expired(garden: Garden, ref: int) -> bool:
+    """A page without a hold at or behind it, or one that stands behind such a page."""
+    node = garden.tree.node_of(ref)
+    while node is not None and node.parent is not None:
+        if not node.protected and node.expires_s <= garden.now:
+            return True
+        node = node.parent
+    return False
 
 
 def random_tokens(rng: random.Random) -> bytes:

@@ -1,7 +1,7 @@
-"""Puts each fault of mutants.toml into a copy of the sources and sees a test fail.
+"""Puts each fault of the *.toml beside it into a copy of the sources and sees a test fail.
 
     python -m tests.mutants.run          all of them
-    python -m tests.mutants.run WORD     those with WORD in the file's name or in what it breaks
+    python -m tests.mutants.run WORD     those with WORD in the name of a file or in what it breaks
 
 The work tree is never changed. Exit status 1: a fault survived its tests, the tests fail without
 a fault, or an `old` text does not stand exactly once in its file.
@@ -26,15 +26,20 @@ LIMIT_S = 100.0  # a fault can make a test run for ever; that is seen too
 
 @dataclass(frozen=True, slots=True)
 class Mutant:
+    listed_in: str
     file: str
     tests: tuple[str, ...]
     breaks: str
     old: str
     new: str
 
+    @property
+    def text(self) -> str:
+        return f"{self.listed_in} {self.file} {self.breaks}"
+
 
 def main(words: list[str]) -> int:
-    mutants = [m for m in load() if all(word in m.file + " " + m.breaks for word in words)]
+    mutants = [m for m in load() if all(word in m.text for word in words)]
     wrong = [m for m in mutants if (REPOSITORY / m.file).read_text().count(m.old) != 1]
     for mutant in wrong:
         print(f"{mutant.file}: {mutant.breaks}: `old` must stand exactly once\n{mutant.old}")
@@ -53,10 +58,10 @@ def main(words: list[str]) -> int:
 
 
 def load() -> list[Mutant]:
-    groups = tomllib.loads(Path(__file__).with_name("mutants.toml").read_text())["group"]
     return [
-        Mutant(group["file"], tuple(group["tests"]), **fault)
-        for group in groups
+        Mutant(path.name, group["file"], tuple(group["tests"]), **fault)
+        for path in sorted(Path(__file__).parent.glob("*.toml"))
+        for group in tomllib.loads(path.read_text())["group"]
         for fault in group["fault"]
     ]
 
