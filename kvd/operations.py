@@ -11,7 +11,7 @@ from kvd.arguments import Arguments
 from kvd.cache import MAX_FORKS, CacheManager
 from kvd.results import Match
 from kvd.retention import Retention
-from kvd.sequences import STATUSES
+from kvd.sequences import STATUSES, Extended, check_rows
 from kvd.session import Session
 from kvd_shared.errors import BadRequest, KvdError, brief, error_to_wire
 from kvd_shared.refs import REF_BYTES, TOKEN_BYTES
@@ -19,8 +19,10 @@ from kvd_shared.verbs import MAX_CALLS_A_STEP
 from kvd_shared.wire import Frames
 
 Result = dict[str, Any]  # arrays as bytes; the RPC server puts them into frames
-Operation = Callable[[CacheManager, Session, Arguments, float], Result]
+Sliced = Generator[None, None, Result]
+Operation = Callable[[CacheManager, Session, Arguments, float], Result | Sliced]
 CALLS_A_SLICE = 16  # of a step
+ROWS_A_SLICE = 128  # of an extend
 TICKET_LENGTH = 16  # bytes
 MAX_ROWS = 4096  # sequences in one call
 
@@ -186,13 +188,25 @@ def open_sequence(cache: CacheManager, session: Session, args: Arguments, now: f
     return {"sequence": handle} | _matched(found)
 
 
-def extend(cache: CacheManager, session: Session, args: Arguments, now: float) -> Result:
+def extend(cache: CacheManager, session: Session, args: Arguments, now: float) -> Sliced:
     handles = _handles(args)
     computed = array("i", args.array("computed", TOKEN_BYTES))
     counts = array("i", args.array("counts", TOKEN_BYTES))
     tokens = args.tokens(cache.vocab_size, None)
     args.done()
-    done = cache.sequences.extend(session, handles, computed, counts, tokens, now)
+    check_rows(handles, computed, counts, tokens)
+    done, at = Extended(), 0
+    for first in range(0, max(len(handles), 1), ROWS_A_SLICE):
+        if first:
+            yield
+            cache.num_changes += 1
+        rows = slice(first, first + ROWS_A_SLICE)
+        end = at + sum(counts[rows]) * TOKEN_BYTES
+        some = cache.sequences.extend(
+            session, handles[rows], computed[rows], counts[rows], tokens[at:end], now
+        )
+        done.append(some, first)
+        at = end
     return {
         "codes": STATUSES,
         "status": bytes(done.status),
@@ -302,7 +316,10 @@ def step(
             if operation is None:
                 raise BadRequest(f"step: no operation {brief(call['op'])}")
             arguments = Arguments(call["op"], call["args"], frames, args.room)
-            results.append({"result": operation(cache, session, arguments, now)})
+            result = operation(cache, session, arguments, now)
+            if not isinstance(result, dict):
+                result = yield from result
+            results.append({"result": result})
         except KvdError as e:
             results.append({"error": error_to_wire(e)})
     return {"results": results}

@@ -100,6 +100,15 @@ class Extended:
     swap_places: array[int] = field(default_factory=lambda: array("i"))
     swap_refs: array[int] = field(default_factory=lambda: array("q"))
 
+    def append(self, more: Extended, first_row: int) -> None:
+        """The rows that follow, of which the first is this one."""
+        self.status += more.status
+        self.num_new += more.num_new
+        self.refs += more.refs
+        self.swap_rows.extend(row + first_row for row in more.swap_rows)
+        self.swap_places += more.swap_places
+        self.swap_refs += more.swap_refs
+
 
 class Sequences:
     """The sequences of one pool's sessions, by handle. Handles are never used twice."""
@@ -167,16 +176,7 @@ class Sequences:
         gets NO_PAGES has its tokens and is repeated without."""
         cache = self._cache
         cache.live(session)
-        if not len(handles) == len(computed) == len(counts):
-            raise BadRequest(
-                f"extend of {len(handles)} sequences with {len(computed)} computed counts and "
-                f"{len(counts)} counts of tokens: they must be as many"
-            )
-        if min(counts, default=0) < 0 or sum(counts) * TOKEN_BYTES != len(tokens):
-            raise BadRequest(
-                f"extend: counts of {sum(counts)} tokens in all (none negative), and "
-                f"{len(tokens) // TOKEN_BYTES} tokens: they must be as many"
-            )
+        check_rows(handles, computed, counts, tokens)
         done, at = Extended(), 0
         known = session.sequences
         status, num_new = done.status, done.num_new
@@ -348,3 +348,19 @@ class Sequences:
             sequence.refs += refs
             new += refs
         return True
+
+
+def check_rows(
+    handles: array[int], computed: array[int], counts: array[int], tokens: bytes
+) -> None:
+    """Raises BadRequest unless the columns of an `extend` fit each other."""
+    if not len(handles) == len(computed) == len(counts):
+        raise BadRequest(
+            f"extend of {len(handles)} sequences with {len(computed)} computed counts and "
+            f"{len(counts)} counts of tokens: they must be as many"
+        )
+    if min(counts, default=0) < 0 or sum(counts) * TOKEN_BYTES != len(tokens):
+        raise BadRequest(
+            f"extend: counts of {sum(counts)} tokens in all (none negative), and "
+            f"{len(tokens) // TOKEN_BYTES} tokens: they must be as many"
+        )

@@ -20,11 +20,12 @@ Key = tuple[int, int, int]  # level, cost, band
 class Run:
     """Pages that follow each other in one node and were used equally often; or were in one."""
 
-    __slots__ = ("band", "cost", "level", "num_pages", "since")
+    __slots__ = ("band", "cost", "level", "num_pages", "since", "start")
 
-    def __init__(self, level: int, cost: int, num_pages: int, since: int) -> None:
+    def __init__(self, level: int, cost: int, start: int, num_pages: int, since: int) -> None:
         self.level = level  # how often they were used (hit_history.LEVELS)
         self.cost = cost  # how dear they are, in half powers of two
+        self.start = start  # pages of the prompt before them
         self.num_pages = num_pages  # as far as the history is concerned; some may have gone
         self.since = since  # the clock when they were last used
         self.band = 0  # how long ago that is (hit_history), as far as `grow_older` has got

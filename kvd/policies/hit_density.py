@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from kvd.policies.age_bands import AgeBands, Run
 from kvd.policies.ghosts import Ghost, Ghosts, key_at
-from kvd.policies.hit_history import HitHistory, level_of
+from kvd.policies.hit_history import LAST_PAGE, UNUSED, HitHistory, level_of
 
 if TYPE_CHECKING:
     from kvd.node import Node
@@ -25,8 +25,9 @@ class Rank:
 
     Its pages before the prompt's page `known_end` were used `base` times more than `node.hits`
     says: in an earlier life, from which a ghost was left. `lost_end`: so far did it reach before
-    its last pages went. `behind`: key of the run behind `known_end`, if it has two runs or had.
-    `runs`: one or two, the one that is known from before first; empty while the node is protected.
+    its last pages went. `behind`: key of the run behind `known_end`, if it has one or had.
+    `runs`: one to three, in order: what is known from before, what is not, and the last page if
+    the prompt has come once; empty while the node is protected.
     """
 
     __slots__ = ("base", "behind", "known_end", "last_use_s", "lost_end", "runs", "start")
@@ -89,27 +90,25 @@ class HitDensity:
 
     def portion(self, node: Node) -> int:
         rank: Rank = node.rank
-        if len(rank.runs) < 2:
-            return node.num_pages
-        return min(node.num_pages, node.end - rank.known_end)  # it may have been cut behind that
+        return node.end - max(node.depth, rank.runs[-1].start)
 
     def evicted(self, node: Node, num_pages: int) -> None:
         rank: Rank = node.rank
         if not node.id:
-            end = max(node.end, rank.lost_end)
-            for run in rank.runs:
-                self._bands.enter(run, self._clock)
-            ghost = Ghost(_uses(node, node.depth), end, rank.runs, rank.behind)
-            self._ghosts.keep(key_at(node, node.depth), ghost)
+            self._remember(node, rank)
             return
         rank.lost_end = max(rank.lost_end, node.end + num_pages)
-        if len(rank.runs) > 1 and node.end <= rank.known_end:
-            known, behind = rank.runs
-            self._bands.hide(behind)
-            self._bands.expose(known, node)
-            rank.runs = (known,)
-            assert rank.behind is not None
-            self._ghosts.keep(rank.behind, Ghost(node.hits, rank.lost_end, (behind,), None))
+        while len(rank.runs) > 1 and node.end <= rank.runs[-1].start:
+            *others, last = rank.runs
+            rank.runs = tuple(others)
+            if last.level == LAST_PAGE:
+                self._bands.leave(last)
+                rank.lost_end = last.start  # as if it had never been
+            else:
+                self._bands.hide(last)
+                assert rank.behind is not None
+                self._ghosts.keep(rank.behind, Ghost(node.hits, rank.lost_end, (last,), None))
+            self._bands.expose(others[-1], node)
 
     def alike(self, parent: Node, child: Node) -> bool:
         """Joined, both would count as used as often as the parent's end."""
@@ -125,17 +124,34 @@ class HitDensity:
             self._history.learn()
             self._bands.rank_anew()
         rank.last_use_s = node.last_use_s
-        cost, level = self._cost_of(node), level_of(_uses(node, node.depth))
-        if rank.base and node.depth < rank.known_end < node.end:
-            pages = rank.known_end - node.depth
-            known = Run(level, cost, pages, self._clock)
-            behind = Run(level_of(node.hits), cost, node.num_pages - pages, self._clock)
-            rank.behind = key_at(node, rank.known_end)
-            rank.runs = (known, behind)
-        else:
-            rank.runs = (Run(level, cost, node.num_pages, self._clock),)
+        rank.runs = self._new_runs(node, rank)
         for run in rank.runs:
             self._history.reached(run.level, 0, run.num_pages)
+
+    def _new_runs(self, node: Node, rank: Rank) -> tuple[Run, ...]:
+        now, cost, runs = self._clock, self._cost_of(node), []
+        start, end, level = node.depth, node.end, level_of(_uses(node, node.depth))
+        if rank.base and start < rank.known_end < end:
+            runs.append(Run(level, cost, start, rank.known_end - start, now))
+            start, level = rank.known_end, level_of(node.hits)
+            rank.behind = key_at(node, start)
+        if level == UNUSED and start < end - 1 and not node.children:
+            runs.append(Run(level, cost, start, end - 1 - start, now))
+            start, level = end - 1, LAST_PAGE
+        runs.append(Run(level, cost, start, end - start, now))
+        return tuple(runs)
+
+    def _remember(self, node: Node, rank: Rank) -> None:
+        """Leave a ghost of a node that is gone, but not of a last page."""
+        runs = [run for run in rank.runs if run.num_pages and run.level != LAST_PAGE]
+        if not runs:
+            return
+        for run in runs:
+            self._bands.enter(run, self._clock)
+        last = rank.runs[-1]
+        end = last.start if last.level == LAST_PAGE else max(node.end, rank.lost_end)
+        ghost = Ghost(_uses(node, node.depth), end, runs, rank.behind)
+        self._ghosts.keep(key_at(node, node.depth), ghost)
 
     def _first_rank(self, node: Node) -> Rank:
         if node.hits:
@@ -159,11 +175,18 @@ class HitDensity:
         for child in node.children.values():
             rank: Rank | None = child.rank
             if rank is not None and rank.start <= node.depth:
-                for run in rank.runs:
-                    self._history.used(run.level, self._clock - run.since, node.num_pages)
-                    run.num_pages = child.num_pages
+                self._note_cut(rank.runs, node.end)
                 return Rank(node.depth, rank.base, rank.known_end)
         return Rank(node.depth)
+
+    def _note_cut(self, runs: Sequence[Run], depth: int) -> None:
+        """Of a node's runs, what is before that page of the prompt was used."""
+        for run in runs:
+            pages = min(run.num_pages, depth - run.start)
+            if pages > 0:
+                self._history.used(run.level, self._clock - run.since, pages)
+                run.start += pages
+                run.num_pages -= pages
 
     def _note_use(self, runs: Sequence[Run]) -> None:
         for run in runs:

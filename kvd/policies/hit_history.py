@@ -2,7 +2,8 @@
 
 Pages are told apart by how often they were used again (their *level*) and by how long they have
 been unused (their *band*). Age is counted in pages that were used since, not in seconds: an idle
-night makes nothing older, and there is no unit to choose.
+night makes nothing older, and there is no unit to choose. The last page of a prompt that came once
+has a level of its own: what goes on with a prompt often parts from it just there.
 """
 
 from __future__ import annotations
@@ -10,7 +11,9 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Sequence
 
-LEVELS = (0, 1, 2, 4, 8)  # uses from which on pages are of each level
+LEVELS = (0, 0, 1, 2, 4, 8)  # uses from which on pages are of each level; 0 twice: see LAST_PAGE
+LAST_PAGE = 0  # level of a prompt's last page, not used yet
+UNUSED = 1  # level of all others that were not
 BANDS = 11
 FIRST_BAND = 1 / 32  # of the pool; each band is twice as wide as all before it: the last is open
 FORGET = 0.995  # is kept of all counts at each `learn`: half is forgotten in 138 of them
