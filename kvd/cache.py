@@ -21,7 +21,7 @@ from kvd_shared.errors import BadRequest
 from kvd_shared.refs import REF_BYTES, page_of
 
 MAX_FORKS = 1024  # at once
-SWEEP_NODES = 64  # in one portion
+SWEEP_NODES = 32  # in one portion
 NO_OPTIONS = CacheOptions()
 
 

@@ -20,7 +20,9 @@ class Children(dict[bytes, "Node"]):
 
     Invariant: `order` is None, or holds exactly the keys and the `garbage`, sorted; it is there
     when there are more than FEW. Garbage are keys of children that are gone: taking a key out of
-    the order costs several times what an eviction does, so it is left to the next additions.
+    the order costs several times what an eviction does, so it is left to later additions; many a
+    child comes back before, with the next turn of its conversation. There is hardly more garbage
+    than there are keys.
     """
 
     __slots__ = ("garbage", "order")
@@ -44,8 +46,9 @@ class Children(dict[bytes, "Node"]):
             self.garbage.remove(key)
         else:
             self.order.add(key)
-        for _ in range(min(2, len(self.garbage))):  # two for one: it shrinks
-            self.order.remove(self.garbage.pop())
+        if len(self.garbage) > len(self):
+            for _ in range(2):  # two for one: it shrinks
+                self.order.remove(self.garbage.pop())
 
     def remove(self, key: bytes) -> None:
         del self[key]

@@ -53,6 +53,7 @@ class EvictionOrder:
         self._others = Tenant(None, num_pages, options.ttl_s)
         self._by_salt = {t.salt: Tenant(t, num_pages, options.ttl_s) for t in options.tenants}
         self.tenants = [self._others, *self._by_salt.values()]
+        self._only: Policy | None = None  # while one tenant has used one priority
         self.alone = len(self.tenants) == 1
         self._any_policy = self._new_policy()  # for `alike`, which asks about two nodes only
 
@@ -66,6 +67,7 @@ class EvictionOrder:
         if policy is None:
             policy = levels[node.priority] = self._new_policy()
             node.root.tenant.levels = dict(sorted(levels.items()))
+            self._only = policy if self.alone and len(levels) == 1 else None
         node.order = policy
         policy.add(node)
 
@@ -81,6 +83,10 @@ class EvictionOrder:
         The caller has checked that something is unprotected. A node whose children have not gone
         yet is put aside; the tree adds it again when the last of them does.
         """
+        if of is None and self._only is not None:
+            node = self._only.victim()
+            if not node.children:
+                return node
         while True:
             tenant = self._others if of is None and self.alone else of
             if tenant is None:

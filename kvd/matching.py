@@ -351,7 +351,9 @@ class Matching(Publishing):
         if walk.num_pages == (num_tokens - 1) // self.page_size:
             stop = "limit"
         else:
-            stop = "stale_version" if self.versions.is_stale(namespace) else "not_cached"
+            stop = "not_cached"
+            if walk.last is None and self.versions.is_stale(namespace):  # it has no tree then
+                stop = "stale_version"
         partial_ref, partial_tokens = None, 0
         if partial is not None:
             node, place, partial_tokens = partial

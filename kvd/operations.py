@@ -22,7 +22,7 @@ Result = dict[str, Any]  # arrays as bytes; the RPC server puts them into frames
 Sliced = Generator[None, None, Result]
 Operation = Callable[[CacheManager, Session, Arguments, float], Result | Sliced]
 CALLS_A_SLICE = 16  # of a step
-ROWS_A_SLICE = 128  # of an extend
+ROWS_A_SLICE = 256  # of an extend
 TICKET_LENGTH = 16  # bytes
 MAX_ROWS = 4096  # sequences in one call
 

@@ -177,7 +177,7 @@ class Sequences:
         cache = self._cache
         cache.live(session)
         check_rows(handles, computed, counts, tokens)
-        done, at = Extended(), 0
+        done, at, page_size = Extended(), 0, cache.page_size
         known = session.sequences
         status, num_new = done.status, done.num_new
         for row, handle in enumerate(handles):
@@ -188,9 +188,22 @@ class Sequences:
                 status.append(UNKNOWN)
                 num_new.append(0)
                 continue
-            most = min(sequence.num_tokens, sequence.used * cache.page_size)  # those with a place
-            if not sequence.num_computed <= computed[row] <= most:
+            most = sequence.used * page_size  # tokens that have a place
+            if not sequence.num_computed <= computed[row] <= sequence.num_tokens or (
+                computed[row] > most
+            ):
                 status.append(BAD)
+                num_new.append(0)
+                continue
+            num_tokens = sequence.num_tokens + count
+            if not (
+                sequence.spare
+                or computed[row] // page_size > sequence.num_published
+                or num_tokens > sequence.used * page_size
+            ):  # as nearly always: no page is full, and none is needed
+                sequence.tail += tokens[first:at]
+                sequence.num_tokens, sequence.num_computed = num_tokens, computed[row]
+                status.append(OK)
                 num_new.append(0)
                 continue
             before = len(done.refs)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
+
 from sortedcontainers import SortedDict
 
 from kvd.node import NEVER, Node
@@ -12,7 +14,9 @@ class Timers:
     are never more of them than nodes in the tree: a node that leaves it is discarded."""
 
     def __init__(self) -> None:
-        self._due: SortedDict = SortedDict()  # time -> dict of nodes, in the order of their coming
+        # time -> its nodes, in the order of their coming (a plain dict, emptied from its front,
+        # would be searched from its front each time)
+        self._due: SortedDict = SortedDict()
 
     def __len__(self) -> int:
         return sum(map(len, self._due.values()))
@@ -22,7 +26,7 @@ class Timers:
         if due_s < node.timer_s:
             self.discard(node)
             node.timer_s = due_s
-            self._due.setdefault(due_s, {})[node] = None
+            self._due.setdefault(due_s, OrderedDict())[node] = None
 
     def discard(self, node: Node) -> None:
         if node.timer_s != NEVER:

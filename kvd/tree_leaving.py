@@ -59,7 +59,8 @@ class TreeLeaving(TreeReading):
                 take = len(node.refs) >> 3
             else:
                 node, reason = eviction.victim(), "evicted"
-                take = eviction.allowance(node)
+                assert node.order is not None
+                take = node.order.portion(node) if eviction.alone else eviction.allowance(node)
             if take > num_pages:
                 take = num_pages
             gone.append(self._trim(node, take, reason, now))
@@ -112,7 +113,8 @@ class TreeLeaving(TreeReading):
         return gone
 
     def _forget(self, node: Node) -> None:
-        self._timers.discard(node)
+        if node.timer_s != NEVER:
+            self._timers.discard(node)
         super()._forget(node)
 
     # --- doom

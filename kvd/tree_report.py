@@ -18,8 +18,8 @@ from kvd.report_parts import (
 )
 from kvd_shared.errors import BadRequest
 
-NODES_A_SLICE = 100
-MAX_TREE_NODES = 2_000  # encoding so many takes a millisecond or two, which is one turn
+NODES_A_SLICE = 50
+MAX_TREE_NODES = 1_000  # encoding so many takes a millisecond, which is one turn
 
 
 def tree(daemon: Daemon, args: Arguments, now: float) -> Sliced:

@@ -55,7 +55,7 @@ def render(reply: Reply, style: Style, depth: int | None = None, sort: str = "us
         lines.append("nothing is cached")
     if reply["truncated"]:
         shown = sum(len(space["nodes"]) for space in reply["namespaces"])
-        lines += ["", f"cut after {count(shown, 'node')}: --max-nodes shows more"]
+        lines += ["", f"cut after {count(shown, 'node')}"]
     return "\n".join(lines)
 
 

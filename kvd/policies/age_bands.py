@@ -98,20 +98,26 @@ class AgeBands:
             if self._num_looks & ((1 << band // 2) - 1):
                 continue  # the wide ones are looked at less often
             runs, older, latest = self._by_age[band], self._by_age[band + 1], now - edges[band + 1]
-            while runs:
-                run = next(iter(runs))
+            due: list[Run] = []
+            for run in runs:
                 if run.since > latest:
                     break
-                if not moves:
-                    return  # the next call goes on
-                moves -= 1
+                if len(due) == moves:
+                    moves = -1  # the next call goes on
+                    break
+                due.append(run)
+            for run in due:
                 del runs[run]
                 older[run] = None
                 queue = queues.get((run.level, run.cost, band))
                 run.band = band + 1
                 self._history.reached(run.level, band + 1, run.num_pages)
-                if queue and run in queue:
-                    self.expose(run, queue.pop(run))
+                node = queue.pop(run, None) if queue else None
+                if node is not None:
+                    self.expose(run, node)
+            if moves < 0:
+                return
+            moves -= len(due)
         self._num_looks += 1
         self._next_look = now + edges[1] / LOOKS_A_BAND
 

@@ -90,7 +90,7 @@ class HitDensity:
 
     def portion(self, node: Node) -> int:
         rank: Rank = node.rank
-        return node.end - max(node.depth, rank.runs[-1].start)
+        return min(node.num_pages, node.end - rank.runs[-1].start)
 
     def evicted(self, node: Node, num_pages: int) -> None:
         rank: Rank = node.rank

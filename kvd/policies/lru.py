@@ -25,7 +25,7 @@ class Lru(OrderedDict["Node", None]):
         return next(iter(self))
 
     def portion(self, node: Node) -> int:
-        return node.num_pages
+        return len(node.refs) >> 3
 
     def evicted(self, node: Node, num_pages: int) -> None:
         """Order depends on use alone."""

@@ -114,8 +114,6 @@ def _play(phases: Phases, daemon: RunningDaemon, admin: KvdClient) -> None:
         ask(verbs.pages(), 5)
     with phases.phase("tree of 1000 nodes"):
         ask(verbs.tree(max_nodes=1000), 5)
-    with phases.phase("tree of 2,000 nodes"):
-        ask(verbs.tree(max_nodes=2_000), 2)
     with phases.phase("sessions"):
         ask(verbs.sessions(), 10)
     with phases.phase("explain, who holds"):

@@ -94,7 +94,7 @@ def test_long_requests_have_many_slices(large: tuple[Daemon, CacheManager]) -> N
     assert count > PROMPTS / 2 / 1000
     assert status["pools"][0]["counts"] == map_["counts"]
     assert sum(map_["counts"].values()) == POOL
-    count, tree = sliced(daemon, "tree", max_nodes=2_000)
+    count, tree = sliced(daemon, "tree", max_nodes=1_000)
     assert count >= 20 and tree["truncated"]
     count, audit = sliced(daemon, "audit")
     assert count > PROMPTS / 20 and (audit["ok"], audit["complete"]) == (True, True)
@@ -179,7 +179,7 @@ def finished(job: Any) -> Any:
 LONG_REQUESTS = {
     "status": verbs.status(),
     "pages": verbs.pages(),
-    "tree": verbs.tree(max_nodes=2_000),
+    "tree": verbs.tree(max_nodes=1_000),
     "audit": verbs.audit(),
     "evict": verbs.evict(45_000),
     "flush": verbs.flush(),

@@ -88,6 +88,16 @@ def test_a_priority_falls_back_when_its_time_after_the_first_use_is_over() -> No
     assert [found(pair, letter) for letter in "acd"] == [0, 0, 1]
 
 
+def test_a_wish_for_the_default_priority_changes_no_order_when_its_time_is_over() -> None:
+    pair = PairedCache(8)
+    cached(pair, "a", Retention(duration_s=2.0))
+    cached(pair, "b")
+    pair.now += 3.0
+    pair.sweep_all()
+    pair.evict(1)
+    assert (found(pair, "a"), found(pair, "b")) == (0, 1)
+
+
 # --- lifetimes
 
 
@@ -123,6 +133,19 @@ def test_a_wish_for_a_lifetime_goes_before_the_tenants_and_that_before_the_pools
     assert (found(pair, "a", T), found(pair, "c", S)) == (0, 0)
 
 
+def test_what_was_used_again_before_it_expired_expires_later_and_by_itself() -> None:
+    pair = PairedCache(8, options=CacheOptions(ttl_s=5.0))
+    cached(pair, "a")
+    pair.now += 3.0
+    pair.free(2, hold(pair, "a"))
+    pair.now += 3.0
+    pair.sweep_all()
+    assert found(pair, "a") == 1
+    pair.now += 2.0
+    pair.sweep_all()
+    assert len(pair.core.free_list) == 8
+
+
 # --- tenants
 
 
@@ -143,6 +166,20 @@ def test_a_tenant_that_holds_more_than_its_maximum_is_brought_down_as_it_lets_go
     pair.free(1, pages[9:])
     pair.free(1, pages[:9])
     assert found(pair, "abcdefghij", T) == 8
+
+
+def test_a_tenant_gives_up_its_own_pages_though_another_is_over_its_maximum_too() -> None:
+    """What a dead session leaves is not looked at until somebody needs pages."""
+    shares = tuple(TenantShare(salt=salt, max_share=0.25) for salt in (b"s", b"t"))
+    pair = PairedCache(16, options=CacheOptions(tenants=shares))
+    pages = pair.allocate(3, 6, None)[1]
+    pair.publish(3, S, page_tokens("abcdef"), pages, None)
+    pair.release_session(3)
+    pair.sweep_all()
+    cached(pair, "uvwxyz", where=T)
+    assert (found(pair, "abcdef", S), found(pair, "uvwxyz", T)) == (6, 4)
+    pair.evict(1)
+    assert found(pair, "abcdef", S) == 5
 
 
 def test_pages_within_a_minimum_share_go_last_and_go_when_nothing_else_can() -> None:

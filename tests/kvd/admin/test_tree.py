@@ -79,7 +79,7 @@ def test_namespaces_differ_in_what_is_set() -> None:
 def test_nothing_and_too_much_are_said() -> None:
     assert render(reply(), Style()) == "pool p\nnothing is cached"
     cut = render(reply(*NODES, truncated=True), Style())
-    assert cut.endswith("\n\ncut after 5 nodes: --max-nodes shows more")
+    assert cut.endswith("\n\ncut after 5 nodes")
 
 
 def test_a_model_name_cannot_steer_the_terminal() -> None:

@@ -11,7 +11,7 @@ from kvd.node import Node
 from kvd.policies import ghosts
 from kvd.policies.age_bands import Run
 from kvd.policies.hit_density import HitDensity, Rank
-from kvd.policies.hit_history import level_of
+from kvd.policies.hit_history import LAST_PAGE, UNUSED, level_of
 from kvd.policies.recompute_cost import TWICE_AT, recompute_cost
 from tests.kvd.policies.asker import Asker
 
@@ -24,6 +24,11 @@ def worth(policy: HitDensity, node: Node) -> tuple[float, int, int, int]:
     run = rank.runs[-1]
     density = policy._history.density[run.level][run.band] * 2 ** (run.cost / 2)
     return density, -run.band, run.level, run.cost
+
+
+def ranks(asker: Asker) -> dict[int, Rank]:
+    """By the number of each node's first page."""
+    return {int.from_bytes(node.tokens[:4], "little"): node.rank for node in asker.policy}
 
 
 def check_policy(asker: Asker) -> None:
@@ -79,11 +84,65 @@ def test_victims_and_invariants_on_random_conversations(policy: str, seed: int) 
 
 
 def test_the_longest_unused_of_equals_goes_first() -> None:
+    asker = Asker("density", 5)
+    for page in (10, 20, 30, 40, 50, 60, 70):
+        asker.ask([page])
+    assert [asker.cached([n]) for n in (10, 20, 30, 40, 50, 60, 70)] == [0, 0, 1, 1, 1, 1, 1]
+
+
+def test_of_prompts_that_came_once_the_last_pages_go_first() -> None:
+    """One page of each, before any goes that another prompt could go on from."""
     asker = Asker("density", 10)
     for first in (10, 20, 30, 40, 50):
         asker.ask([first, first + 1])
     asker.ask([60, 61])
-    assert [asker.cached([n, n + 1]) for n in (10, 20, 30, 40, 50, 60)] == [0, 2, 2, 2, 2, 2]
+    assert [asker.cached([n, n + 1]) for n in (10, 20, 30, 40, 50, 60)] == [1, 1, 2, 2, 2, 2]
+
+
+def test_a_last_page_that_is_used_is_as_good_as_any() -> None:
+    asker = Asker("density", 10)
+    asker.ask([1, 2, 3])
+    assert [(run.level, run.num_pages) for run in ranks(asker)[1].runs] == [
+        (UNUSED, 2),
+        (LAST_PAGE, 1),
+    ]
+    asker.ask([1, 2, 3])
+    assert [(run.level, run.num_pages) for run in ranks(asker)[1].runs] == [(level_of(1), 3)]
+
+
+def test_what_a_prompt_does_not_share_with_the_next_stays_unused() -> None:
+    """Cut, the upper pages count as used, each in its own run; those below keep their age."""
+    asker = Asker("density", 20)
+    asker.ask([1, 2, 3, 4, 5])
+    asker.ask([1, 2, 8, 9])
+    policy = asker.policy
+    assert isinstance(policy, HitDensity)
+    by_first = ranks(asker)
+    assert [(run.start, run.num_pages) for run in by_first[3].runs] == [(2, 2), (4, 1)]
+    assert by_first[3].runs[0].since < by_first[1].runs[0].since
+    used = policy._history._used
+    assert (sum(used[UNUSED]), sum(used[LAST_PAGE])) == (2, 0)
+    asker.ask([1, 2, 3, 4])
+    assert (sum(used[UNUSED]), sum(used[LAST_PAGE])) == (4, 0)
+    assert [(run.level, run.num_pages) for run in ranks(asker)[5].runs if run.num_pages] == [
+        (LAST_PAGE, 1)
+    ]
+
+
+def test_no_ghost_is_left_of_a_last_page() -> None:
+    asker = Asker("density", 20)
+    asker.ask([1, 2, 3])
+    asker.ask(range(100, 120))
+    policy = asker.policy
+    assert isinstance(policy, HitDensity)
+    (ghost,) = policy._ghosts._ghosts.values()
+    assert (ghost.end, [run.num_pages for run in ghost.runs]) == (2, [2])
+    asker.ask([1, 2, 5, 6])
+    assert [(run.level, run.num_pages) for run in ranks(asker)[1].runs] == [
+        (level_of(1), 2),
+        (UNUSED, 1),
+        (LAST_PAGE, 1),
+    ]
 
 
 def test_what_comes_back_is_known_from_its_ghost() -> None:
@@ -95,20 +154,23 @@ def test_what_comes_back_is_known_from_its_ghost() -> None:
     asker.ask([1, 2, 3])
     asker.ask([7, 8, 9])
     levels = {node.tokens[0]: node.rank.runs[0].level for node in asker.policy}
-    assert (levels[1], levels[7]) == (1, 0)
+    assert (levels[1], levels[7]) == (level_of(1), UNUSED)
 
 
 def test_new_pages_behind_what_came_back_go_alone() -> None:
     asker = Asker("density", 20)
-    asker.ask([1, 2, 3])
+    asker.ask([1, 2, 3, 4])
     asker.ask(range(100, 120))
-    asker.ask([1, 2, 3, 4, 5])
+    asker.ask([1, 2, 3, 4, 5, 6])
     policy = asker.policy
     (node,) = [n for n in policy if n.tokens[:1] == b"\x01"]
     rank: Rank = node.rank
-    assert [run.num_pages for run in rank.runs] == [3, 2]
-    assert policy.portion(node) == 2
+    assert [run.num_pages for run in rank.runs] == [3, 2, 1]
+    assert policy.portion(node) == 1
     policy.evicted(node, 0)  # nothing went: nothing changes
+    assert policy.portion(node) == 1
+    del node.tokens[-8 * 4 :], node.refs[-8:]
+    policy.evicted(node, 1)
     assert policy.portion(node) == 2
 
 
@@ -141,7 +203,7 @@ def test_nodes_of_different_levels_stay_apart() -> None:
     asker.ask([9])
     nodes = {bytes(n.tokens[:1]): n for n in asker.policy}
     assert {n.num_pages for n in nodes.values()} == {2, 1}
-    assert [level_of(nodes[key].hits) for key in (b"\x01", b"\x03", b"\x09")] == [2, 0, 0]
+    assert [level_of(nodes[key].hits) for key in (b"\x01", b"\x03", b"\x09")] == [3, 1, 1]
 
 
 def test_pages_far_into_a_prompt_cost_more() -> None:

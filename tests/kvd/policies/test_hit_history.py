@@ -6,21 +6,21 @@ import random
 
 import pytest
 
-from kvd.policies.hit_history import BANDS, LEVELS, HitHistory, densities, level_of
+from kvd.policies.hit_history import (
+    BANDS,
+    LAST_PAGE,
+    LEVELS,
+    UNUSED,
+    HitHistory,
+    densities,
+    level_of,
+)
 
 
 def test_levels() -> None:
-    assert [level_of(uses) for uses in (0, 1, 2, 3, 4, 7, 8, 9, 1000)] == [
-        0,
-        1,
-        2,
-        2,
-        3,
-        3,
-        4,
-        4,
-        4,
-    ]
+    levels = [level_of(uses) for uses in (0, 1, 2, 3, 4, 7, 8, 9, 1000)]
+    assert levels == [UNUSED, 2, 3, 3, 4, 4, 5, 5, 5]
+    assert LAST_PAGE not in levels
 
 
 def test_bands_double_and_the_last_is_open() -> None:
