@@ -50,8 +50,9 @@ def ask_fork(leader: Sequence, number: int, page_size: int, calls: StepCalls, th
             then([*full, copy], (tail[0], copy))
         elif own:
             then([*full, *own], None)
-        else:  # no page to go on in
+        else:  # no page to go on in: it is not running after all, unless it has ended meanwhile
             calls.add(verbs.free(full))
+            calls.ask(verbs.yielded(number), lambda _: None)
             then(None, None)
 
     if not tail:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+import pytest
 
 from modelworker.cli import SHIPPED_MODEL
 from tests.benchmarks.claims.answers import unexplained
@@ -38,7 +39,8 @@ def test_modes_differ_in_memory_and_not_in_answers(tmp_path: Path) -> None:
         engine.stop()
         engine.run()
         daemon.check()
-    assert whole.memory.taken == 8 * CONTEXT and whole.memory.running <= 8
+    assert whole.memory.taken == pytest.approx(8 * CONTEXT)
+    assert whole.memory.running <= 8 + 1e-9
     assert whole.memory.waste > 0.9 and paged.memory.waste < 0.2
     assert unexplained(asks, whole.answers, paged.answers) == 0
     assert unexplained(asks, whole.answers, shared.answers) == 0
