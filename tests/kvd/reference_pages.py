@@ -20,6 +20,7 @@ from kvd_shared.refs import GENERATION
 
 Place = tuple[int | Namespace, bytes]  # behind which page or at whose start; a page's tokens
 NEVER = math.inf
+NONE: set[int] = set()
 
 
 class Choices(Protocol):
@@ -190,7 +191,7 @@ class PageTree:
             if gone:
                 self.leave(gone[0], gone[0].gone_for)
             else:
-                self.leave(self.victim(None), "evicted")
+                self.leave(self.victim(None, wanted), "evicted")
 
     def evict_over_share(self, tenant: Tenant) -> None:
         """Whether doomed pages or others go first is the core's choice."""
@@ -199,9 +200,9 @@ class PageTree:
         while tenant.num_pages > tenant.max_pages and (gone or tenant.lowest):
             self.leave(gone.pop() if gone else self.victim(tenant), "over_share")
 
-    def victim(self, tenant: Tenant | None) -> Page:
+    def victim(self, tenant: Tenant | None, wanted: set[int] = NONE) -> Page:
         if not self.exact:
-            return self.any_victim()
+            return self.any_victim(wanted)
         while True:
             of = tenant or min((t for t in self.tenants if t.lowest), key=standing)
             assert of.lowest is not None
@@ -211,13 +212,15 @@ class PageTree:
             self.out_of_order(page)
             page.parked = True
 
-    def any_victim(self) -> Page:
-        """One of the lowest priority with nothing behind it: the core chose which."""
+    def any_victim(self, wanted: set[int]) -> Page:
+        """One of the lowest priority with nothing behind it: the core chose which. Several may have
+        gone in one operation: first those that were `wanted`, last those that uncover others."""
         ends = [p for p in self.pages.values() if not (p.cover or p.gone_for or p.children)]
         lowest = min(p.priority for p in ends)
         gone = [p for p in ends if p.priority == lowest and not self.choices.is_in_tree(p.ref)]
         assert gone, "a page went before one of lower priority, or before what stands behind it"
-        return min(gone, key=lambda p: -(p.parent.priority if p.parent else lowest))
+        above = {p: p.parent.priority if p.parent else lowest for p in gone}
+        return min(gone, key=lambda p: (p.ref + GENERATION not in wanted, -above[p]))
 
     def leave(self, page: Page, reason: str) -> None:
         assert not page.cover and (page.gone_for or not page.children), f"{page.ref} was not to go"

@@ -23,8 +23,9 @@ def a_node() -> Node:
 
 
 def a_page(rng: random.Random, num_values: int) -> bytes:
-    """Values that differ in their lowest and in their highest byte, so that order is by bytes."""
-    values = [(i << 24 | (255 - i)).to_bytes(TOKEN_BYTES, "little") for i in range(num_values)]
+    """Values that differ in their lowest or only in their highest byte, which come in different
+    orders as bytes and as numbers."""
+    values = [(i << 24 | (255 - i // 2)).to_bytes(TOKEN_BYTES, "little") for i in range(num_values)]
     return b"".join(rng.choices(values, k=PAGE_SIZE))
 
 

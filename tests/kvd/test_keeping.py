@@ -178,8 +178,30 @@ def test_a_tenant_gives_up_its_own_pages_though_another_is_over_its_maximum_too(
     pair.sweep_all()
     cached(pair, "uvwxyz", where=T)
     assert (found(pair, "abcdef", S), found(pair, "uvwxyz", T)) == (6, 4)
+
+
+def test_of_all_tenants_one_that_is_over_its_maximum_goes_first() -> None:
+    """Though its pages were used last."""
+    tenants = (TenantShare(salt=b"t", max_share=0.25),)
+    pair = PairedCache(16, options=CacheOptions(tenants=tenants))
+    pages = pair.allocate(3, 6, None)[1]
+    pair.publish(3, T, page_tokens("abcdef"), pages, None)
+    cached(pair, "xyz")
+    pair.now += 1.0
+    pair.release_session(3)
+    pair.sweep_all()
+    pair.evict(2)
+    assert (found(pair, "abcdef", T), found(pair, "xyz")) == (4, 3)
     pair.evict(1)
-    assert found(pair, "abcdef", S) == 5
+    assert (found(pair, "abcdef", T), found(pair, "xyz")) == (4, 2)
+
+
+def test_between_tenants_the_lower_priority_goes_first() -> None:
+    pair = PairedCache(16, options=CacheOptions(tenants=(TenantShare(salt=b"t"),)))
+    cached(pair, "x", Retention(priority=80))
+    cached(pair, "a", Retention(priority=10), where=T)
+    pair.evict(1)
+    assert (found(pair, "a", T), found(pair, "x")) == (0, 1)
 
 
 def test_pages_within_a_minimum_share_go_last_and_go_when_nothing_else_can() -> None:

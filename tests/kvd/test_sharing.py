@@ -196,6 +196,19 @@ def test_a_sequence_grows_publishes_and_swaps_by_its_handle() -> None:
     assert handle not in pair.sessions[1].sequences
 
 
+def test_all_requests_that_get_a_fork_run() -> None:
+    """With pages of their own or, of a sequence of full pages, without."""
+    pair = PairedCache(16)
+    handle = pair.open_sequence(1, M, page_tokens("a"), None, 0)[1][0]
+    for computed in (0, PAGE_SIZE):
+        pair.extend(1, [(handle, computed, b"")])
+        first = pair.begin(1, 3)[1]
+        numbers = [first, first + 1, first + 2]
+        assert pair.fork_sequence(1, handle, numbers)[0] == "ok"
+        running = [r.number for r in pair.core.queue._requests.values() if r.running]
+        assert running[-3:] == numbers
+
+
 def test_a_sequence_is_closed_with_the_duplicates_that_it_has_just_swapped() -> None:
     pair = PairedCache(16)
     first, second = (pair.open_sequence(s, M, page_tokens("a"), None, 0)[1] for s in (1, 2))

@@ -172,6 +172,23 @@ def test_what_is_flushed_or_too_old_is_waited_for_no_more(by: str) -> None:
     assert len(story.pair.core.announcements) == 0
 
 
+def test_a_version_that_is_too_old_is_waited_for_no_more_though_nothing_of_it_is_cached() -> None:
+    story = Story()
+    story.wait()
+    story.pair.raise_weights_version("m", 1)
+    assert story.news() == [("ended", 2, 0)]
+
+
+def test_what_was_done_and_is_gone_again_is_not_waited_for() -> None:
+    """Its computer goes on behind it and computes it no more."""
+    story = Story()
+    story.publish(2)
+    story.pair.free(1, story.pages[:2])
+    story.pair.evict(2)
+    assert story.wait(page_tokens("abxy")) is None
+    assert story.wait(PROMPT) is not None
+
+
 def test_who_waits_keeps_no_pages_from_others() -> None:
     """It was refused pages before; since it waits, it wants none."""
     story = Story()
