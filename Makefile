@@ -6,15 +6,16 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 INPUTS := pyproject.toml constraints.txt
 
-.PHONY: help demo test check mutants bench bench-daemon bench-trace bench-claims format clean
+.PHONY: help demo test check mutants bench bench-daemon bench-trace bench-claims core core-remove \
+	format clean
 
 help: ## show this help
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
-demo: $(VENV)/.worker ## daemon, two workers, the shipped model, real text (DOC=some.txt takes yours)
+demo: $(VENV)/.worker core ## daemon, two workers, the shipped model, real text (DOC=some.txt takes yours)
 	$(BIN)/modelworker demo $(if $(DOC),--doc "$(DOC)")
 
-test: $(VENV)/.dev ## all CPU tests
+test: $(VENV)/.dev core ## all CPU tests
 	$(BIN)/python -m pytest -q $(ARGS)
 
 check: $(VENV)/.dev ## ruff, mypy, import-linter
@@ -28,21 +29,30 @@ mutants: $(VENV)/.dev ## apply one-line faults, see a test fail for each
 
 bench: bench-daemon bench-trace bench-claims ## all benchmarks, one after the other
 
-bench-daemon: $(VENV)/.dev ## what the cache core and its RPC cost, against the budgets
+bench-daemon: $(VENV)/.dev core ## what the cache core and its RPC cost, against the budgets
 	$(BIN)/python -m tests.benchmarks.daemon $(ARGS)
 
-bench-trace: $(VENV)/.dev ## hits on a trace of requests (TRACE=file POLICY=name CAPACITY=blocks)
+bench-trace: $(VENV)/.dev core ## hits on a trace of requests (TRACE=file POLICY=name CAPACITY=blocks)
 	$(BIN)/python -m tests.benchmarks.trace $(if $(TRACE),--trace "$(TRACE)") \
 		$(if $(POLICY),--policy "$(POLICY)") $(if $(CAPACITY),--capacity "$(CAPACITY)") $(ARGS)
 
-bench-claims: $(VENV)/.dev ## paged against contiguous memory, on the running system
+bench-claims: $(VENV)/.dev core ## paged against contiguous memory, on the running system
 	$(BIN)/python -m tests.benchmarks.claims $(ARGS)
+
+core: | $(VENV)/bin/python ## compile the cache core in place, if its sources have changed
+	@$(BIN)/python -c "import mypyc, setuptools" 2>/dev/null || \
+		$(PIP) install -q -c constraints.txt --group core
+	@$(BIN)/python compile_core.py
+
+core-remove: | $(VENV)/bin/python ## remove what `make core` made: the sources run as they are
+	$(BIN)/python compile_core.py --remove
 
 format: $(VENV)/.dev ## put the code into shape
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
 clean: ## remove what the targets above made
+	find kvd shared -name '*.so' -delete -o -name compiled.json -delete
 	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache .import_linter_cache
 
 $(VENV)/bin/python:

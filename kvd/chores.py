@@ -1,4 +1,4 @@
-"""What can wait, done between requests in turns of half a millisecond.
+"""What can wait, done between requests in turns of a quarter of a millisecond.
 
 Chores are the caches' own (taking back what the dead held, dropping what was flushed or expired)
 and jobs: generators that answer a request in slices.
@@ -17,7 +17,7 @@ import structlog
 from kvd.daemon import Daemon
 from kvd_shared.errors import Busy
 
-TURN_S = 0.0005
+TURN_S = 0.00025
 MAX_JOBS = 64  # at once
 RETRY_S = 1.0  # after a chore has failed
 Job = Generator[None, None, dict[str, Any]]

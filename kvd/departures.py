@@ -56,7 +56,8 @@ class Departures:
         self.pages = dict.fromkeys(REASONS, 0)
         self.lifetime = Histogram()  # from publication to departure
         self.idle = Histogram()  # from the end of the last hold to departure
-        self._latest: deque[tuple[Place, float, str, int, float]] = deque(maxlen=REMEMBERED)
+        # (place, when, reason, pages, last use); as Any they are looked through without unpacking
+        self._latest: deque[Any] = deque(maxlen=REMEMBERED)
 
     def note(
         self,
@@ -74,7 +75,8 @@ class Departures:
 
     def at(self, place: Place) -> Departure | None:
         """What was there and left, if that is still remembered."""
-        for found, when_s, reason, num_pages, last_use_s in reversed(self._latest):
-            if found == place:
-                return Departure(when_s, reason, num_pages, last_use_s)
+        wanted: Any = place
+        for entry in reversed(self._latest):
+            if entry[0] == wanted:
+                return Departure(*entry[1:])
         return None

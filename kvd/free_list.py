@@ -10,6 +10,7 @@ import numpy.typing as npt
 from kvd_shared.refs import GENERATION, MAX_REF, REF_BYTES, page_of, refs_from_bytes
 
 Refs = npt.NDArray[np.int64]
+FEW = 24  # pages: so many are done one by one
 
 
 class FreeList:
@@ -21,41 +22,50 @@ class FreeList:
 
     def __init__(self, num_pages: int) -> None:
         self._stack = array("q", range(num_pages - 1, -1, -1))  # page 0 goes first
-        self._current = np.arange(num_pages, dtype=np.int64)  # each page's reference now
+        self._current = array("q", range(num_pages))  # each page's reference now
+        self._current_np = np.frombuffer(self._current, dtype=np.int64)  # the same memory
 
     def __len__(self) -> int:
         return len(self._stack)
 
-    def take(self, n: int) -> bytes:
+    def take(self, n: int) -> array[int]:
         """References of n pages. The caller has checked that as many are free."""
         if n == 0:
-            return b""
+            return array("q")
         taken = self._stack[-n:]
         del self._stack[-n:]
         taken.reverse()
-        return taken.tobytes()
+        return taken
 
     def put(self, refs: bytes) -> None:
         """Make pages free and raise their generation. They can be taken again at once."""
-        if len(refs) == REF_BYTES:  # a single one is quicker without numpy
-            ref = (int.from_bytes(refs, "little") + GENERATION) & MAX_REF
-            self._current[ref & 0xFFFF_FFFF] = ref
-            self._stack.append(ref)
-            return
-        raised = (refs_from_bytes(refs) + GENERATION) & MAX_REF  # 31 bits of generation, then anew
-        self._current[raised & 0xFFFF_FFFF] = raised
-        self._stack.frombytes(raised.tobytes())
+        self._stack.extend(self.renew(refs))
+
+    def renew(self, refs: bytes) -> array[int]:
+        """Raise the generation of pages that are in use; returns their new references, which are
+        the caller's."""
+        raised = array("q")
+        if len(refs) <= FEW * REF_BYTES:  # a few are quicker without numpy
+            for old in array("q", refs):
+                ref = (old + GENERATION) & MAX_REF
+                self._current[ref & 0xFFFF_FFFF] = ref
+                raised.append(ref)
+            return raised
+        many = (refs_from_bytes(refs) + GENERATION) & MAX_REF  # 31 bits of generation, then anew
+        self._current_np[many & 0xFFFF_FFFF] = many
+        raised.frombytes(many.tobytes())
+        return raised
 
     def current(self, page: int) -> int:
         """The valid reference of a page, whatever its state is."""
-        return int(self._current[page])
+        return self._current[page]
 
     def is_current(self, ref: int) -> bool:
         page = page_of(ref)
         return 0 <= page < len(self._current) and self.current(page) == ref
 
     def all_current(self, refs: Refs) -> bool:
-        return bool((self._current[refs & 0xFFFF_FFFF] == refs).all())
+        return bool((self._current_np[refs & 0xFFFF_FFFF] == refs).all())
 
     def slice(self, start: int, stop: int) -> Refs:
         """Some of the free references."""
@@ -66,5 +76,5 @@ class FreeList:
         free = refs_from_bytes(self._stack.tobytes())
         pages = free & 0xFFFF_FFFF
         assert len(np.unique(pages)) == len(pages), "a page is on the free list twice"
-        assert (self._current[pages] == free).all(), "a free page has a stale generation"
+        assert (self._current_np[pages] == free).all(), "a free page has a stale generation"
         return free

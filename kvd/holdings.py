@@ -25,7 +25,7 @@ from kvd.radix_tree import RadixTree
 from kvd.session import Session
 from kvd.tree_reading import Span
 from kvd_shared.errors import BadRequest, NotHeld, OverLimit, SessionEnded
-from kvd_shared.refs import REF_BYTES, generation_of, page_of, refs_from_bytes
+from kvd_shared.refs import REF_BYTES, generation_of, page_of
 
 Piece = tuple[int, Span | None]
 SWEEP_PAGES = 2048  # of a dead session, in one portion
@@ -93,21 +93,25 @@ class Holdings:
 
     def take(self, session: Session, count: int, now: float) -> bytes:
         """New pages for the session to write. The caller has checked that they can be had."""
-        refs = self._take(count, now)
-        session.writing.update(dict.fromkeys(refs_from_bytes(refs).tolist(), 1))
-        return refs
+        refs, writing = self._take(count, now), session.writing
+        for ref in refs:
+            writing[ref] = 1
+        return refs.tobytes()
 
     def take_ahead(self, session: Session, count: int, now: float) -> bytes:
         """The same, leased: not to be written yet."""
         refs = self._take(count, now)
-        session.leased.update(dict.fromkeys(refs_from_bytes(refs).tolist(), 1))
-        return refs
+        for ref in refs:
+            session.leased[ref] = 1
+        return refs.tobytes()
 
-    def _take(self, count: int, now: float) -> bytes:
+    def _take(self, count: int, now: float) -> array[int]:
         short = count - len(self.free_list)
-        if short > 0:
-            self.free_list.put(self.tree.evict(short, now))
-        return self.free_list.take(count)
+        if short <= 0:
+            return self.free_list.take(count)
+        refs = self.free_list.take(count - short)
+        refs.extend(self.free_list.renew(self.tree.evict(short, now)))
+        return refs
 
     def put(self, refs: list[int]) -> None:
         if refs:

@@ -267,7 +267,9 @@ class Matching(Publishing):
             return None
         self.queue.wants_nothing(request)
         matched = cached_pages * self.page_size
-        return Match(b"", 0, matched, "pending", None, 0, pending.tokens, pending.seconds)
+        found = Match(b"", 0, matched, "pending")
+        found.pending_tokens, found.pending_s = pending.tokens, pending.seconds
+        return found
 
     def _pending(
         self,
@@ -354,25 +356,17 @@ class Matching(Publishing):
             stop = "not_cached"
             if walk.last is None and self.versions.is_stale(namespace):  # it has no tree then
                 stop = "stale_version"
-        partial_ref, partial_tokens = None, 0
+        found = Match(refs, walk.num_pages, matched, stop)
         if partial is not None:
-            node, place, partial_tokens = partial
+            node, place, found.partial_tokens = partial
             page = tree.hold(Span(node, place, place + 1), session, hit=True, join=False)
-            partial_ref = ref_at(bytes(page.refs), 0)
-            counters.tokens_partial += partial_tokens
-        pending = None
+            found.partial_ref = ref_at(bytes(page.refs), 0)
+            counters.tokens_partial += found.partial_tokens
         if self.announcements and stop == "not_cached":
             pending = self._pending(namespace, tokens, walk.num_pages, now)
-        return Match(
-            refs,
-            walk.num_pages,
-            matched,
-            stop,
-            partial_ref,
-            partial_tokens,
-            pending.tokens if pending else 0,
-            pending.seconds if pending else None,
-        )
+            if pending is not None:
+                found.pending_tokens, found.pending_s = pending.tokens, pending.seconds
+        return found
 
     def has_room(self, number: int | None, session: Session, num_pages: int) -> bool:
         """Whether so many pages can be had for what is not needed yet."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from array import array
-from itertools import groupby
+from itertools import groupby, repeat
 
 from kvd.holdings import Holdings, ref_at
 from kvd.node import Node, Root
@@ -58,7 +58,11 @@ class Publishing(Holdings):
             walk = self.tree.walk_from(node, start, tokens, count, now)
         known_refs, known = walk.refs, walk.num_pages  # read before a hold cuts the spans' nodes
         mine = array("q", refs).tolist()
-        differ = self._check_publishable(session, mine, refs, known_refs, known)
+        differ = self._differing(mine, refs, known_refs, known)
+        self._check_kept(session, mine, refs, known, differ)
+        holds = self._take_written(session, mine[known:]) if not differ else None
+        if holds is None:
+            self._check_own(session, mine, known, differ)
         for first, last in _runs(differ) if differ else ():
             piece = known_refs[first * REF_BYTES : last * REF_BYTES]
             for _, span in self.tree.pieces(piece):
@@ -69,7 +73,9 @@ class Publishing(Holdings):
                 self.seal(session, mine[i], self.page_size)
         if known < count:
             end = ref_at(known_refs, known - 1) if known else after
-            self._insert(session, namespace, end, tokens, refs, mine, known, retention, now)
+            if holds is None:
+                holds = self._take_own(session, mine[known:])
+            self._insert(session, namespace, end, tokens, refs, mine, holds, retention, now)
             if not self.tree.eviction.alone:
                 self._keep_share(namespace, now)
         self.counters.published_pages += count - known
@@ -114,19 +120,53 @@ class Publishing(Holdings):
             )
         return node
 
-    def _check_publishable(
-        self, session: Session, mine: list[int], refs: bytes, known_refs: bytes, known: int
-    ) -> list[int]:
+    def _differing(self, mine: list[int], refs: bytes, known_refs: bytes, known: int) -> list[int]:
         """Which of the first `known` pages are not those that the tree has there."""
-        differ: list[int] = []
-        if known and not refs.startswith(known_refs):
-            theirs = refs_from_bytes(known_refs).tolist()
-            differ = [i for i in range(known) if mine[i] != theirs[i]]
+        if not known or refs.startswith(known_refs):
+            return []
+        theirs = refs_from_bytes(known_refs).tolist()
+        return [i for i in range(known) if mine[i] != theirs[i]]
+
+    def _check_kept(
+        self, session: Session, mine: list[int], refs: bytes, known: int, differ: list[int]
+    ) -> None:
+        """The session must hold what the tree has already and it names itself."""
+        if differ:
+            skip = set(differ)
+            same = [mine[i] for i in range(known) if i not in skip]
+            self.check_held(session, b"".join([r.to_bytes(REF_BYTES, "little") for r in same]))
+        elif known:
+            self.check_held(session, refs[: known * REF_BYTES])
+
+    def _take_written(self, session: Session, own: list[int]) -> list[int] | None:
+        """Take pages out of those that the session is writing, and tell how often it holds each.
+        None, having changed nothing, unless it is writing all of them and none is named twice."""
+        writing = session.writing
+        holds = list(map(writing.pop, own, repeat(0)))
+        if 0 not in holds:
+            return holds
+        for ref, count in zip(own, holds, strict=True):
+            if count:
+                writing[ref] = count
+        return None
+
+    def _take_own(self, session: Session, own: list[int]) -> list[int]:
+        """The same for pages that the session is writing or has sealed, as was checked."""
+        holds = []
+        for ref in own:
+            if ref in session.writing:
+                holds.append(session.writing.pop(ref))
+            else:
+                holds.append(session.sealed.pop(ref))
+                del self.sealed[ref]
+        return holds
+
+    def _check_own(self, session: Session, mine: list[int], known: int, differ: list[int]) -> None:
+        """Every page that the tree has not, or has another of, must be the session's to publish."""
         own = [mine[i] for i in differ] + mine[known:]
-        distinct = set(own)
-        if len(distinct) != len(own):
+        if len(set(own)) != len(own):
             raise BadRequest("a page is named twice in one publish")
-        for ref in () if distinct <= session.writing.keys() else own:
+        for ref in own:
             if ref in session.writing or ref in session.sealed:
                 continue
             if ref in session.leased:
@@ -136,20 +176,12 @@ class Publishing(Holdings):
                     f"page {page_of(ref)} is sealed in the tree already, for other tokens"
                 )
             raise self.not_held(session, ref)
-        for ref in mine[known:] if session.sealed else ():
+        for ref in mine[known:]:
             if ref in session.sealed and self.sealed[ref] != (self.page_size, session.sealed[ref]):
                 raise BadRequest(
                     f"page {page_of(ref)} is a sealed tail, or another session holds it as well: "
                     "copy it into a page of your own"
                 )
-        if known - len(differ):
-            skip = set(differ)
-            same = [mine[i] for i in range(known) if i not in skip] if skip else None
-            kept = refs[: known * REF_BYTES]
-            if same is not None:
-                kept = b"".join([r.to_bytes(REF_BYTES, "little") for r in same])
-            self.check_held(session, kept)
-        return differ
 
     def _insert(
         self,
@@ -159,20 +191,14 @@ class Publishing(Holdings):
         tokens: bytes,
         refs: bytes,
         mine: list[int],
-        known: int,
+        holds: list[int],
         retention: Retention,
         now: float,
     ) -> None:
-        """Move the pages behind the known ones from the session into the tree, in runs that are
-        held equally often."""
-        writing, own = session.writing, mine[known:]
-        holds = [writing.pop(ref, 0) for ref in own]
-        for i, ref in enumerate(own) if 0 in holds else ():
-            if not holds[i]:
-                holds[i] = session.sealed.pop(ref)
-                del self.sealed[ref]
+        """Put the last pages into the tree, as often held as `holds` says, in runs that are held
+        equally often."""
         step = self.page_size * TOKEN_BYTES
-        start = known
+        start = len(mine) - len(holds)
         alike = holds.count(holds[0]) == len(holds)
         for count, length in [(holds[0], len(holds))] if alike else _lengths(holds):
             stop = start + length

@@ -2,23 +2,33 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 
-
-@dataclass(slots=True)
 class Match:
     """Held pages in order: the longest cached prefix, then (from `acquire`) new pages."""
 
-    refs: bytes
-    num_matched_pages: int
-    matched_tokens: int  # in those pages
-    stop: str  # see STOPS
-    # A page of which the first `partial_tokens` continue the prefix, held once more until it is
-    # freed: to be copied into a page of one's own.
-    partial_ref: int | None = None
-    partial_tokens: int = 0
-    pending_tokens: int = 0  # how far another request's computing will make the prompt cached
-    pending_s: float | None = None  # in about so many seconds; None: unknown, or nothing pending
+    __slots__ = (
+        "matched_tokens",
+        "num_matched_pages",
+        "partial_ref",
+        "partial_tokens",
+        "pending_s",
+        "pending_tokens",
+        "refs",
+        "stop",
+    )
+
+    def __init__(self, refs: bytes, num_matched_pages: int, matched_tokens: int, stop: str) -> None:
+        self.refs = refs
+        self.num_matched_pages = num_matched_pages
+        self.matched_tokens = matched_tokens  # in those pages
+        self.stop = stop  # see STOPS
+        # A page of which the first `partial_tokens` continue the prefix, held once more until it
+        # is freed: to be copied into a page of one's own.
+        self.partial_ref: int | None = None
+        self.partial_tokens = 0
+        self.pending_tokens = 0  # how far another request's computing will make the prompt cached
+        # in about so many seconds; None: unknown, or nothing pending
+        self.pending_s: float | None = None
 
 
 STOPS = {
@@ -29,25 +39,27 @@ STOPS = {
 }
 
 
-@dataclass(slots=True)
 class Published:
     """`refs` are the canonical pages of the published tokens, all held. Where they differ from the
     caller's, the caller swaps its block tables and then frees its own duplicate."""
 
-    refs: bytes
-    num_new: int
-    num_duplicates: int
+    __slots__ = ("num_duplicates", "num_new", "refs")
+
+    def __init__(self, refs: bytes, num_new: int, num_duplicates: int) -> None:
+        self.refs = refs
+        self.num_new = num_new
+        self.num_duplicates = num_duplicates
 
 
-@dataclass(slots=True)
 class Counters:
     """Totals since the start. Tokens are the prompts'; pages that left are in Departures."""
 
-    tokens_asked: int = 0
-    tokens_matched: int = 0  # in whole pages; of these ...
-    tokens_matched_own: int = 0  # ... in pages that the asking session published itself
-    tokens_partial: int = 0  # besides, in pages to be copied
-    published_pages: int = 0
-    duplicate_pages: int = 0
-    copied_pages: int = 0  # by fork and make_writable
-    allocated_pages: int = 0
+    def __init__(self) -> None:
+        self.tokens_asked = 0
+        self.tokens_matched = 0  # in whole pages; of these ...
+        self.tokens_matched_own = 0  # ... in pages that the asking session published itself
+        self.tokens_partial = 0  # besides, in pages to be copied
+        self.published_pages = 0
+        self.duplicate_pages = 0
+        self.copied_pages = 0  # by fork and make_writable
+        self.allocated_pages = 0

@@ -1,8 +1,8 @@
 """The RPC channel's daemon side: a ROUTER drained from the event loop.
 
-A plain ZeroMQ socket on `loop.add_reader`, not zmq.asyncio, which costs a third of a round trip.
-Its file descriptor is edge-triggered, so every turn reads until nothing is left or hands over to
-another turn.
+A plain ZeroMQ socket, not zmq.asyncio, which costs a third of a round trip; the loop calls its
+turns (see serving_loop.py). Its file descriptor is edge-triggered, so every turn reads until
+nothing is left or hands over to another turn.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from kvd_shared.wire import (
 
 FLUSH_MS = 500  # for the last answers, on closing
 MAX_INLINE_BYTES = 1 << 20  # of a reply's header, in arrays
-TURN_S = 0.0005  # then timers, leases and chores have their turn
+TURN_S = 0.00025  # then timers, leases and chores have their turn
 REMEMBERED_ROUTES = 4096
 MAX_WAITING = 1024  # messages of one peer, behind a long request
 
@@ -67,11 +67,10 @@ class RpcServer:
         self._under_way: dict[bytes, deque[tuple[int, list[bytes]]]] = {}
         self._chores = Chores(daemon, loop)
         daemon.wake = self._wake
-        self._fd = int(self._socket.getsockopt(zmq.FD))
-        loop.add_reader(self._fd, self._turn)
+        self.fd = int(self._socket.getsockopt(zmq.FD))  # readable: `turn` is wanted
 
     def close(self) -> None:
-        self._loop.remove_reader(self._fd)
+        """Nothing calls `turn` any more."""
         self._chores.close()
         self._socket.close(linger=FLUSH_MS)
         self._context.term()  # waits for that
@@ -84,28 +83,39 @@ class RpcServer:
             self.pass_on_notices()
             self._chores.wake()
 
-    def _turn(self) -> None:
+    def turn(self) -> None:
+        """Answer what has come. Does not raise."""
         if self._socket.closed:  # between this turn and the one before
             return
+        try:
+            self._drain()
+        except Exception as e:  # a bug; the next message may be another one
+            log.error("rpc.internal_error", exc_info=e)
+            self._loop.call_soon(self.turn)
+
+    def _drain(self) -> None:
         socket: Any = self._socket
         end = time.monotonic() + TURN_S
         done = False
         try:
             # the descriptor has an edge only where nothing was queued: read until nothing is
-            while socket.getsockopt(EVENTS) & POLLIN:
-                frame = sender = socket.recv(NOBLOCK, False)
+            while True:
+                try:  # mostly there is one; asking first would cost as much as reading it
+                    frame = sender = socket.recv(NOBLOCK, False)
+                except zmq.Again:
+                    done = True
+                    break
                 route, frames = sender.bytes, []
                 while frame.more:
                     frame = socket.recv(NOBLOCK, False)
                     frames.append(frame.bytes)
                 self._handle(route, self._pid_of(route, sender), frames)
-                if time.monotonic() >= end:
+                done = not socket.getsockopt(EVENTS) & POLLIN
+                if done or time.monotonic() >= end:
                     break
-            else:
-                done = True
+            if not done:
+                self._loop.call_soon(self.turn)
         finally:
-            if not done:  # also after an error
-                self._loop.call_soon(self._turn)
             self._chores.wake()
 
     def _handle(self, route: bytes, pid: int, frames: list[bytes]) -> None:
@@ -190,7 +200,7 @@ class RpcServer:
         return error_reply(seq, error)
 
     def _reply(self, seq: int, result: dict[str, Any]) -> list[bytes]:
-        writer = _ReplyWriter()
+        writer = FrameWriter(MAX_INLINE_BYTES)
         if "results" in result:
             result = {"results": [self._entry(entry, writer) for entry in result["results"]]}
         else:
@@ -229,22 +239,6 @@ class RpcServer:
             self._socket.send(frames[-1], NOBLOCK)
         except zmq.ZMQError as e:  # EHOSTUNREACH: it is gone. EAGAIN: it does not read.
             log.warning("rpc.reply_dropped", reason=str(e))
-
-
-class _ReplyWriter(FrameWriter):
-    """Puts short arrays into frames as well once the header has many. A reply must not be too
-    large: what it tells of has been done."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._inline = MAX_INLINE_BYTES
-
-    def array(self, raw: bytes) -> bytes | int:
-        if len(raw) <= self._inline:
-            self._inline -= len(raw)
-            return super().array(raw)
-        self.frames.append(raw)
-        return len(self.frames)
 
 
 def _slice(job: Sliced) -> dict[str, Any] | None:

@@ -21,6 +21,8 @@ from kvd.lease_server import LeaseServer
 from kvd.lockfile import DaemonLock
 from kvd.page_pool import MemfdPool
 from kvd.rpc_server import RpcServer
+from kvd.serving_loop import ServingLoop, ServingSelector
+from kvd_shared import compiled
 from kvd_shared.digest_cache import DigestCache, default_cache_dir
 from kvd_shared.progress import progress_line
 
@@ -41,7 +43,9 @@ def serve(config: KvdConfig) -> int:
         digests = DigestCache(default_cache_dir(os.environ)) if any_model else None
         pools = [build_pool(pool, digests) for pool in config.pools]
         try:
-            return asyncio.run(_run(config, pools))
+            selector = ServingSelector()
+            with asyncio.Runner(loop_factory=lambda: ServingLoop(selector)) as runner:
+                return runner.run(_run(config, pools, selector))
         finally:
             for pool in pools:
                 pool.memory.close()
@@ -59,7 +63,7 @@ def build_pool(config: PoolConfig, digests: DigestCache | None = None) -> Pool:
     return Pool(config.name, config.device, memory, model, cache)
 
 
-async def _run(config: KvdConfig, pools: list[Pool]) -> int:
+async def _run(config: KvdConfig, pools: list[Pool], selector: ServingSelector) -> int:
     loop = asyncio.get_running_loop()
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -69,6 +73,7 @@ async def _run(config: KvdConfig, pools: list[Pool]) -> int:
     settle_collector()
     rpc = RpcServer(daemon, directory, loop)
     leases = LeaseServer(daemon, directory, loop)
+    selector.serve(rpc.fd, rpc.turn)
     try:
         for pool, pool_config in zip(pools, config.pools, strict=True):
             if pool_config.events is not None:
@@ -76,13 +81,15 @@ async def _run(config: KvdConfig, pools: list[Pool]) -> int:
                 daemon.publishers[pool.name] = events
                 log.info("events.publishing", pool=pool.name, endpoint=events.endpoint)
         ticking = loop.create_task(_tick(daemon, rpc))
-        log.info("daemon.ready", version=__version__, pid=os.getpid(), socket_dir=str(directory))
+        log.info("daemon.ready", version=__version__, core=compiled.state(), pid=os.getpid(),
+                 socket_dir=str(directory))  # fmt: skip
         await stop.wait()
         await _drain(daemon, stop, config.daemon.drain_timeout_s)
         ticking.cancel()
     finally:
         for publisher in daemon.publishers.values():
             publisher.close()
+        selector.stop_serving()
         rpc.close()  # the last answers go out before the news that the daemon is gone
         leases.close()
         log.info("daemon.stopped")

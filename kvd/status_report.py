@@ -11,6 +11,7 @@ from kvd.cache import CacheManager
 from kvd.daemon import Daemon, Pool
 from kvd.page_map import page_counts
 from kvd.report_parts import Result, Sliced
+from kvd_shared import compiled
 from kvd_shared.wire import PROTOCOL_VERSION
 
 SEQUENCES_A_SLICE = 1000
@@ -24,6 +25,7 @@ def status(daemon: Daemon, args: Arguments, now: float) -> Sliced:
     return {
         "version": __version__,
         "protocol": PROTOCOL_VERSION,
+        "core": compiled.state(),
         "pid": os.getpid(),
         "uptime_s": now - daemon.started_s,
         "draining": daemon.draining,

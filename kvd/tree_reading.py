@@ -7,7 +7,6 @@ bytes; children are keyed by the token ids of their first page, not by a hash of
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 
 from kvd.node import Node
 from kvd.prefix import common_units
@@ -16,14 +15,16 @@ from kvd_shared.namespace import Namespace
 from kvd_shared.refs import REF_BYTES, TOKEN_BYTES
 
 
-@dataclass(slots=True)
 class Span:
     """The pages of one node that lie at [start, stop) of the prompt. Good until the tree is next
     changed."""
 
-    node: Node
-    start: int
-    stop: int
+    __slots__ = ("node", "start", "stop")
+
+    def __init__(self, node: Node, start: int, stop: int) -> None:
+        self.node = node
+        self.start = start
+        self.stop = stop
 
     @property
     def refs(self) -> bytes | bytearray:
@@ -34,13 +35,15 @@ class Span:
         return node.refs[first * REF_BYTES : (self.stop - node.depth) * REF_BYTES]
 
 
-@dataclass(slots=True)
 class Walk:
     """The longest prefix found: its pages in order, as spans of consecutive nodes."""
 
-    spans: list[Span] = field(default_factory=list)
-    num_pages: int = 0
-    last: Node | None = None  # the node in which the walk ended, None if the namespace has none
+    __slots__ = ("last", "num_pages", "spans")
+
+    def __init__(self, last: Node | None = None) -> None:
+        self.spans: list[Span] = []
+        self.num_pages = 0
+        self.last = last  # the node in which the walk ended, None if the namespace has none
 
     @property
     def refs(self) -> bytes:
@@ -65,7 +68,7 @@ class TreeReading(TreeShape):
     def walk_from(self, node: Node, start: int, tokens: bytes, max_pages: int, now: float) -> Walk:
         """Like `walk`, for the tokens that follow the first `start` pages of the prompt, the last
         of which is the node's."""
-        found = Walk(last=node)
+        found = Walk(node)
         same = 0
         if limit := min(node.end - start, max_pages):
             at = (start - node.depth) * self.page_token_bytes
@@ -143,7 +146,9 @@ class TreeReading(TreeShape):
 
     def nodes(self) -> Iterator[Node]:
         """All nodes of live and of doomed trees, in no order."""
-        return (node for node in self.nodes_by_slot if node is not None)
+        for node in self.nodes_by_slot:
+            if node is not None:
+                yield node
 
     @property
     def num_namespaces(self) -> int:

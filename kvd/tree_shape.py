@@ -16,6 +16,7 @@ from kvd_shared.namespace import Namespace
 from kvd_shared.refs import REF_BYTES, TOKEN_BYTES
 
 PAGE_MASK = 0xFFFF_FFFF
+FEW = 24  # pages: so many are done one by one, which is quicker than numpy for them
 
 
 class TreeShape:
@@ -81,16 +82,19 @@ class TreeShape:
             parent.children = NO_CHILDREN
 
     def _set_slots(self, refs: bytes | bytearray, slot: int) -> None:
-        if len(refs) == REF_BYTES:
-            self._slots[int.from_bytes(refs[:4], "little")] = slot
+        if len(refs) <= FEW * REF_BYTES:
+            for ref in array("q", bytes(refs)):
+                self._slots[ref & PAGE_MASK] = slot
         else:
             self.slots[np.frombuffer(refs, dtype="<i8") & PAGE_MASK] = slot
 
     def _set_places(self, refs: bytes | bytearray, slot: int, depth: int) -> None:
-        if len(refs) == REF_BYTES:
-            page = int.from_bytes(refs[:4], "little")
-            self._slots[page] = slot
-            self._depths[page] = depth
+        if len(refs) <= FEW * REF_BYTES:
+            for ref in array("q", bytes(refs)):
+                page = ref & PAGE_MASK
+                self._slots[page] = slot
+                self._depths[page] = depth
+                depth += 1
         else:
             pages = np.frombuffer(refs, dtype="<i8") & PAGE_MASK
             self.slots[pages] = slot

@@ -1,10 +1,17 @@
-"""What no test may touch: the user's own cache."""
+"""What no test may touch: the user's own cache. And what none may run on: other sources' code."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
 import pytest
+
+from kvd_shared import compiled
+
+
+def pytest_report_header() -> str:
+    """Raises StaleModules: no test says anything of sources that do not run."""
+    return f"kvd's core: {compiled.state()}"
 
 
 @pytest.fixture(scope="session", autouse=True)

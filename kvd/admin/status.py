@@ -1,8 +1,9 @@
 """`kvdctl status`: the daemon and its pools on one page.
 
 Message   {"op": "status", "args": {}}
-Reply     {"version": "0.1.0", "pid": 812, "uptime_s": 5.2, "protocol": 1, "socket_dir": "/run/kvd",
-           "draining": false, "num_sessions": 2, "refused": {"NO_PAGES": 3}, "pools": [{...}]};
+Reply     {"version": "0.1.0", "pid": 812, "uptime_s": 5.2, "protocol": 1, "core": "compiled",
+           "socket_dir": "/run/kvd", "draining": false, "num_sessions": 2,
+           "refused": {"NO_PAGES": 3}, "pools": [{...}]};
            docs/protocol.md has the fields of a pool
 Command   kvdctl status [-o json]
 """
@@ -31,6 +32,7 @@ def render(reply: Reply, style: Style) -> str:
     draining = style.paint("  draining", "yellow") if reply["draining"] else ""
     head = style.paint(f"kvd {reply['version']}", "bold") + (
         f"  up {duration(reply['uptime_s'])}  pid {reply['pid']}  protocol {reply['protocol']}"
+        f"  core {reply['core']}"
         f"  {count(reply['num_sessions'], 'session')}  {reply['socket_dir']}{draining}"
     )
     refused = [f"{code} {number:,}" for code, number in sorted(reply["refused"].items())]

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from kvd.policies.age_bands import AgeBands, Run
 from kvd.policies.ghosts import Ghost, Ghosts, key_at
 from kvd.policies.hit_history import LAST_PAGE, UNUSED, HitHistory, level_of
+from kvd.policies.policy import Policy
 
 if TYPE_CHECKING:
     from kvd.node import Node
@@ -42,7 +43,7 @@ class Rank:
         self.runs: tuple[Run, ...] = ()
 
 
-class HitDensity:
+class HitDensity(Policy):
     """Invariants: the runs of the nodes in order and of the ghosts are in `_bands`, of the nodes
     the last one exposed; `_clock` counts the pages that were used so far."""
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
 import numpy as np
@@ -18,13 +17,13 @@ T = TypeVar("T")
 Result = dict[str, Any]
 
 
-@dataclass(frozen=True, slots=True)
 class Call(Generic[T]):
     """One operation: its name, its arguments (arrays as bytes), and the reading of its result."""
 
-    op: str
-    args: dict[str, Any]
-    read: Callable[[Result, Frames], T]
+    def __init__(self, op: str, args: dict[str, Any], read: Callable[[Result, Frames], T]) -> None:
+        self.op = op
+        self.args = args
+        self.read = read
 
     def to_wire(self, writer: FrameWriter) -> dict[str, Any]:
         return {"op": self.op, "args": arrays_out(self.args, writer)}

@@ -23,13 +23,15 @@ class Notice:
     tokens: int = 0
 
 
-@dataclass(frozen=True, slots=True)
 class Reply:
     """An answer to call number `seq`, or to none of ours (0) when the frames made no sense."""
 
-    seq: int
-    header: dict[str, Any]
-    frames: Frames
+    __slots__ = ("frames", "header", "seq")
+
+    def __init__(self, seq: int, header: dict[str, Any], frames: Frames) -> None:
+        self.seq = seq
+        self.header = header
+        self.frames = frames
 
 
 class RpcCodec:

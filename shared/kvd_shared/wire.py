@@ -31,14 +31,21 @@ Frames = Sequence[bytes]
 
 
 class FrameWriter:
-    """Collects the raw frames of one message while its header is built."""
+    """Collects the raw frames of one message while its header is built.
 
-    def __init__(self) -> None:
+    Invariant: the short arrays in the header have at most as many bytes as it was given at first.
+    """
+
+    def __init__(self, most_inline: int = MAX_FRAME_BYTES) -> None:
+        """`most_inline`: bytes of short arrays that the header may have; others go into frames. A
+        reply must not become too large: what it tells of has been done."""
         self.frames: list[bytes] = []
+        self._room = most_inline
 
     def array(self, raw: bytes) -> bytes | int:
         """What the header holds in place of `raw`."""
-        if len(raw) < INLINE_BYTES:
+        if len(raw) < INLINE_BYTES and len(raw) <= self._room:
+            self._room -= len(raw)
             return raw
         if len(raw) > MAX_FRAME_BYTES:
             raise TooLarge(

@@ -1,5 +1,11 @@
 """The longest turn of a daemon's loop at a million pages: under load, and while somebody asks for
-what looks at every page or gives back a great many."""
+what looks at every page or gives back a great many.
+
+A virtual machine's CPU time goes on while its host runs somebody else, so the longest of some
+thousand turns is often one in which nothing was done. All of it is played PLAYS times over, with a
+new daemon each time, and the least counts: a turn that is long for what it does is long each time.
+The longest of every play are in the details.
+"""
 
 from __future__ import annotations
 
@@ -38,6 +44,10 @@ LONG = 131_072  # tokens of the longest prompt
 AFTERWARDS_S = 1.0  # what an operation leaves to be done may take many turns
 HELD_A_STEP = 16  # documents
 SEQUENCES, ROUNDS = 256, 200  # of the load
+PLAYS = 4
+
+
+Longest = list[tuple[float, str]]
 
 
 class Load(threading.Thread):
@@ -81,7 +91,16 @@ class Load(threading.Thread):
 
 def turns(report: Report) -> None:
     """Rows: the longest turn in each phase, in CPU time of the loop's thread."""
-    report.say(f"a daemon with timed turns and {POOL:,} pages")
+    seen: dict[str, list[Longest]] = {}
+    for play in range(PLAYS):
+        report.say(f"a daemon with timed turns and {POOL:,} pages, {play + 1} of {PLAYS}")
+        for name, longest in _played(report).items():
+            seen.setdefault(name, []).append(longest)
+    for name, plays in seen.items():
+        report.add(_row(name, plays))
+
+
+def _played(report: Report) -> dict[str, Longest]:
     with tempfile.TemporaryDirectory() as directory, _timed(Path(directory)) as (daemon, out):
         with daemon.attach("filling") as filling:
             fill(filling, POOL - 3 * MANY_PAGES, seed=3)
@@ -94,10 +113,9 @@ def turns(report: Report) -> None:
             load.start()
             _play(phases, daemon, admin)
             load.stop()
-        for row in phases.rows(out):
-            report.add(row)
         report.say(f"{load.rounds} rounds of load")
         daemon.check()
+        return phases.longest(out)
 
 
 def _play(phases: Phases, daemon: RunningDaemon, admin: KvdClient) -> None:
@@ -164,30 +182,36 @@ class Phases:
         time.sleep(AFTERWARDS_S)
         self._times[name] = start, time.monotonic()
 
-    def rows(self, out: Path) -> Iterator[Row]:
-        """From the file that the daemon wrote (see timed_daemon.py)."""
+    def longest(self, out: Path) -> dict[str, Longest]:
+        """From the file that the daemon wrote (see timed_daemon.py): by phase, its turns of more
+        than SHORTEST_MS, the longest first."""
         lines = [line.split() for line in out.read_text().splitlines()]
         seen = [(float(at), float(ms), ops) for at, ms, ops in lines]
-        for name, (start, end) in self._times.items():
-            longest = sorted(
-                ((ms, ops) for at, ms, ops in seen if start <= at <= end), reverse=True
-            )
-            yield Row(
-                name=f"longest turn at 1M pages: {name}",
-                value=round(longest[0][0], 3) if longest else SHORTEST_MS,
-                unit="ms",
-                target=TARGET_MS,
-                aim=AIM_MS,
-                details={
-                    "pages": POOL,
-                    "tokens": None,
-                    "baseline": None,
-                    "ratio": None,
-                    "longest": longest[:8],  # ms, and the requests taken up in that turn
-                    "turns_over_target": sum(ms > TARGET_MS for ms, _ in longest),
-                    "took_s": round(end - start, 2),
-                },
-            )
+        return {
+            name: sorted(((ms, ops) for at, ms, ops in seen if start <= at <= end), reverse=True)
+            for name, (start, end) in self._times.items()
+        }
+
+
+def _row(name: str, plays: list[Longest]) -> Row:
+    longest = [turns[0][0] if turns else SHORTEST_MS for turns in plays]
+    return Row(
+        name=f"longest turn at 1M pages: {name}",
+        value=round(min(longest), 3),
+        unit="ms",
+        target=TARGET_MS,
+        aim=AIM_MS,
+        details={
+            "pages": POOL,
+            "tokens": None,
+            "baseline": None,
+            "ratio": None,
+            "longest_of_each_play_ms": longest,
+            "longest": [turns[:4] for turns in plays],  # ms, and the requests taken up in that turn
+            "turns": [len(turns) for turns in plays],  # of more than SHORTEST_MS
+            "turns_over_target": [sum(ms > TARGET_MS for ms, _ in turns) for turns in plays],
+        },
+    )
 
 
 @contextmanager

@@ -9,6 +9,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from kvd_shared import compiled
+
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -24,8 +26,13 @@ def machine() -> dict[str, Any]:
 
 
 def versions(*packages: str) -> dict[str, str | None]:
-    """Of Python, kvd, its commit, and `packages`; None where one is not there."""
-    found: dict[str, str | None] = {"python": platform.python_version(), "commit": _commit()}
+    """Of Python, kvd, its commit, whether its core is compiled, and `packages`; None where one is
+    not there."""
+    found: dict[str, str | None] = {
+        "python": platform.python_version(),
+        "commit": _commit(),
+        "core": compiled.state(),
+    }
     for name in ("kvd", *packages):
         try:
             found[name] = version(name)

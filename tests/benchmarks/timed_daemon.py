@@ -8,20 +8,19 @@ of which it did a slice.
 
 from __future__ import annotations
 
-import asyncio
-import selectors
 import sys
 import time
 from collections.abc import Generator
 from typing import Any, TextIO
 
-from kvd import rpc_server
+from kvd import rpc_server, server
 from kvd.cli import main as kvd_main
+from kvd.serving_loop import ServingSelector
 
 SHORTEST_MS = 0.1
 
 
-class TimedSelector(selectors.DefaultSelector):
+class TimedSelector(ServingSelector):
     """Invariant: `_began` is the thread's CPU time when it last stopped waiting; `ops` are the
     requests since then."""
 
@@ -31,23 +30,14 @@ class TimedSelector(selectors.DefaultSelector):
         self._ops = ops
         self._began = time.thread_time()
 
-    def select(self, timeout: float | None = None) -> list[tuple[selectors.SelectorKey, int]]:
+    def wait(self, timeout_ms: int | None) -> list[tuple[int, int]]:
         cpu_ms = (time.thread_time() - self._began) * 1e3
         if cpu_ms > SHORTEST_MS:
             self._out.write(f"{time.monotonic():.6f} {cpu_ms:.4f} {','.join(self._ops) or '-'}\n")
         self._ops.clear()
-        ready = super().select(timeout)
+        ready = super().wait(timeout_ms)
         self._began = time.thread_time()
         return ready
-
-
-class TimedLoops(asyncio.DefaultEventLoopPolicy):
-    def __init__(self, out: TextIO, ops: list[str]) -> None:
-        super().__init__()
-        self._out, self._ops = out, ops
-
-    def new_event_loop(self) -> asyncio.AbstractEventLoop:
-        return asyncio.SelectorEventLoop(TimedSelector(self._out, self._ops))
 
 
 def note_operations(ops: list[str]) -> None:
@@ -80,7 +70,7 @@ def main() -> int:
     with open(path, "w", buffering=1) as out:  # by lines: whoever reads it need not wait
         ops: list[str] = []
         note_operations(ops)
-        asyncio.set_event_loop_policy(TimedLoops(out, ops))
+        vars(server)["ServingSelector"] = lambda: TimedSelector(out, ops)
         return kvd_main(["serve", "--config", config])
 
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 
-from kvd.free_list import FreeList
+from kvd.free_list import FEW, FreeList
 from kvd_shared.namespace import Namespace
 from kvd_shared.refs import GENERATION, TOKEN_BYTES
 from tests.kvd.paired_cache import PairedCache
-from tests.kvd.tokens import packed, page_tokens, unpacked
+from tests.kvd.tokens import packed, page_tokens
 
 M, N = Namespace(model="m"), Namespace(model="n")
 
@@ -132,13 +132,13 @@ def test_free_pages_go_out_in_order_and_those_freed_last_first() -> None:
     assert pair.allocate(1, 3, None) == ("ok", [2 + GENERATION, 0 + GENERATION, 3])
 
 
-@pytest.mark.parametrize("count", [1, 2])  # one page goes another way than several
+@pytest.mark.parametrize("count", [1, FEW + 1])  # a few pages go another way than many
 def test_a_generation_that_has_run_out_starts_anew(count: int) -> None:
     pages = FreeList(count)
     pages.take(count)
     pages.put(packed([(0x7FFF_FFFF << 32) + page for page in reversed(range(count))]))
     pages.check()
-    assert unpacked(pages.take(count)) == list(range(count))
+    assert pages.take(count).tolist() == list(range(count))
 
 
 def test_one_that_does_not_yield_in_time_is_passed_over() -> None:

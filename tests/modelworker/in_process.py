@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from typing import Any, TypeVar, cast
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from kvd.arguments import Arguments
@@ -23,7 +24,7 @@ from kvd_shared.calls import Call
 from kvd_shared.client import KvdClient
 from kvd_shared.layout import PoolLayout
 from kvd_shared.lease import PoolOffer
-from kvd_shared.refs import page_ids, page_of, refs_from_bytes
+from kvd_shared.refs import page_of
 from kvd_shared.rpc import Notice
 from kvd_shared.wire import FrameWriter
 from modelworker.attachment import Attachment
@@ -58,18 +59,22 @@ class Host:
         self.cache = CacheManager(num_pages, page_size, options)
         self.slots = np.full((num_pages, page_size), NOTHING, dtype=np.int64)
         self.clients: list[Client] = []
-        self._put = self.cache.free_list.put
-        self.cache.free_list.put = self._put_spoiled  # type: ignore[method-assign]
+        self._refs = self._current()  # each page's, when it was last looked
 
     def client(self, name: str) -> Client:
         """A session of its own."""
         self.clients.append(Client(self, len(self.clients) + 1, name))
         return self.clients[-1]
 
-    def _put_spoiled(self, refs: bytes) -> None:
-        """A page that becomes free is somebody else's, for all that its last holder can know."""
-        self.slots[page_ids(refs_from_bytes(refs))] = NOTHING
-        self._put(refs)
+    def spoil_freed(self) -> None:
+        """A page that became free is somebody else's, for all that its last holder can know."""
+        refs = self._current()
+        self.slots[refs != self._refs] = NOTHING
+        self._refs = refs
+
+    def _current(self) -> npt.NDArray[np.int64]:
+        current = self.cache.free_list.current
+        return np.array([current(page) for page in range(self.cache.num_pages)])
 
     def pass_on_notices(self) -> None:
         notices, self.cache.notices = self.cache.notices, []
@@ -107,6 +112,7 @@ class Client:
             except StopIteration as end:
                 results = end.value["results"]
                 break
+        self._host.spoil_freed()
         self._host.pass_on_notices()
         return call.read({"results": results}, [b""])
 
@@ -123,6 +129,7 @@ class Client:
             cache.release_session(self.session)
             while cache.sweep(time.monotonic()):
                 pass
+            self._host.spoil_freed()
             self._host.pass_on_notices()
 
 

@@ -21,6 +21,7 @@ from pathlib import Path
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 SOURCES = ("kvd", "modelworker", "kernels", "shared", "tests", "pyproject.toml")
+LEFT_OUT = ("__pycache__", "*.so", "compiled.json")  # a fault is in the source, which is to run
 LIMIT_S = 100.0  # a fault can make a test run for ever; that is seen too
 
 
@@ -70,7 +71,7 @@ def copy_sources(folder: Path) -> Path:
     for name in SOURCES:
         source = REPOSITORY / name
         if source.is_dir():
-            shutil.copytree(source, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+            shutil.copytree(source, folder / name, ignore=shutil.ignore_patterns(*LEFT_OUT))
         else:
             shutil.copy(source, folder)
     return folder

@@ -9,6 +9,7 @@ REPLY: dict[str, Any] = {
     "pid": 812,
     "uptime_s": 3 * 86400 + 4 * 3600 + 5,
     "protocol": 1,
+    "core": "compiled",
     "socket_dir": "/run/kvd",
     "draining": False,
     "num_sessions": 3,
@@ -70,7 +71,7 @@ REPLY: dict[str, Any] = {
 }
 
 PAGE = """\
-kvd 0.1.0  up 3d 4h  pid 812  protocol 1  3 sessions  /run/kvd
+kvd 0.1.0  up 3d 4h  pid 812  protocol 1  core compiled  3 sessions  /run/kvd
 
 pool Qwen3-8B (cpu)
   layout       36 layers x 8 kv heads x 128, bfloat16, page 16 tokens = 2.25 MiB
