@@ -133,6 +133,15 @@ def test_free_pages_go_out_in_order_and_those_freed_last_first() -> None:
 
 
 @pytest.mark.parametrize("count", [1, FEW + 1])  # a few pages go another way than many
+def test_a_page_that_becomes_free_has_another_generation(count: int) -> None:
+    pages = FreeList(count)
+    refs = pages.take(count)
+    pages.put(refs.tobytes())
+    assert not any(map(pages.is_current, refs))
+    assert sorted(pages.take(count)) == [(1 << 32) + page for page in range(count)]
+
+
+@pytest.mark.parametrize("count", [1, FEW + 1])  # a few pages go another way than many
 def test_a_generation_that_has_run_out_starts_anew(count: int) -> None:
     pages = FreeList(count)
     pages.take(count)
