@@ -13,6 +13,7 @@ from __future__ import annotations
 from kvd.handover import Handover
 from kvd.holdings import ref_at
 from kvd.matching import Matching
+from kvd.metadata import Metadata
 from kvd.operator_retains import OperatorRetains
 from kvd.options import CacheOptions
 from kvd.sequences import Sequences
@@ -32,8 +33,16 @@ class CacheManager(Matching):
     Invariants (`cache_check.check_cache`): those of its parts.
     """
 
-    def __init__(self, num_pages: int, page_size: int, options: CacheOptions = NO_OPTIONS) -> None:
-        super().__init__(num_pages, page_size, options)
+    def __init__(
+        self,
+        num_pages: int,
+        page_size: int,
+        options: CacheOptions = NO_OPTIONS,
+        meta: Metadata | None = None,
+    ) -> None:
+        """`meta`: where it is written down what must outlive this process; None: in plain memory.
+        What another process has left there comes back by `kvd.recovery.recover`."""
+        super().__init__(num_pages, page_size, options, meta)
         self.num_changes = 0  # requests and portions of work that may have changed something
         self.vocab_size = 1 << 31  # token ids are below it; the model's, where it is known
         self.sequences = Sequences(self)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 
 from kvd.cache import CacheManager
+from kvd.metadata_check import check_metadata
 from kvd.tree_check import check_tree
 from kvd_shared.refs import page_of, refs_from_bytes
 
@@ -14,6 +15,7 @@ def check_cache(cache: CacheManager) -> None:
     check_tree(cache.tree)
     cache.queue.check()
     cache.announcements.check()
+    check_metadata(cache)
     places: Counter[int] = Counter()
     for ref in cache.free_list.check().tolist():
         places[page_of(ref)] += 1

@@ -50,6 +50,11 @@ class Children(dict[bytes, "Node"]):
             for _ in range(2):  # two for one: it shrinks
                 self.order.remove(self.garbage.pop())
 
+    def sort(self) -> None:
+        """After many were put in as into any dict."""
+        if len(self) > FEW:
+            self.order = SortedList(self)
+
     def remove(self, key: bytes) -> None:
         del self[key]
         if self.order is not None:

@@ -7,6 +7,8 @@ from array import array
 import numpy as np
 import numpy.typing as npt
 
+from kvd.metadata import Metadata
+from kvd.metadata.page_states import PageStates
 from kvd_shared.refs import GENERATION, MAX_REF, REF_BYTES, page_of, refs_from_bytes
 
 Refs = npt.NDArray[np.int64]
@@ -20,10 +22,10 @@ class FreeList:
     whose references are valid, and a page on the stack is there with that generation.
     """
 
-    def __init__(self, num_pages: int) -> None:
+    def __init__(self, num_pages: int, states: PageStates | None = None) -> None:
         self._stack = array("q", range(num_pages - 1, -1, -1))  # page 0 goes first
-        self._current = array("q", range(num_pages))  # each page's reference now
-        self._current_np = np.frombuffer(self._current, dtype=np.int64)  # the same memory
+        self._states = Metadata.in_memory(num_pages, 1).pages if states is None else states
+        self._current = self._states.current  # each page's reference now
 
     def __len__(self) -> int:
         return len(self._stack)
@@ -37,6 +39,10 @@ class FreeList:
         taken.reverse()
         return taken
 
+    def restore(self, free: Refs) -> None:
+        """Only these pages are free, the first of them first: after a restart."""
+        self._stack = array("q", free[::-1].tobytes())
+
     def put(self, refs: bytes) -> None:
         """Make pages free and raise their generation. They can be taken again at once."""
         self._stack.extend(self.renew(refs))
@@ -48,24 +54,24 @@ class FreeList:
         if len(refs) <= FEW * REF_BYTES:  # a few are quicker without numpy
             for old in array("q", refs):
                 ref = (old + GENERATION) & MAX_REF
-                self._current[ref & 0xFFFF_FFFF] = ref
+                self._states.freed(ref)
                 raised.append(ref)
             return raised
         many = (refs_from_bytes(refs) + GENERATION) & MAX_REF  # 31 bits of generation, then anew
-        self._current_np[many & 0xFFFF_FFFF] = many
+        self._states.freed_many(many)
         raised.frombytes(many.tobytes())
         return raised
 
     def current(self, page: int) -> int:
         """The valid reference of a page, whatever its state is."""
-        return self._current[page]
+        return self._states.current_of(page)
 
     def is_current(self, ref: int) -> bool:
         page = page_of(ref)
         return 0 <= page < len(self._current) and self.current(page) == ref
 
     def all_current(self, refs: Refs) -> bool:
-        return bool((self._current_np[refs & 0xFFFF_FFFF] == refs).all())
+        return bool((self._current[refs & 0xFFFF_FFFF] == refs).all())
 
     def slice(self, start: int, stop: int) -> Refs:
         """Some of the free references."""
@@ -76,5 +82,5 @@ class FreeList:
         free = refs_from_bytes(self._stack.tobytes())
         pages = free & 0xFFFF_FFFF
         assert len(np.unique(pages)) == len(pages), "a page is on the free list twice"
-        assert (self._current_np[pages] == free).all(), "a free page has a stale generation"
+        assert (self._current[pages] == free).all(), "a free page has a stale generation"
         return free

@@ -19,6 +19,8 @@ from collections.abc import Iterable
 from itertools import pairwise
 
 from kvd.free_list import FreeList
+from kvd.metadata import Metadata, ProcessEntry
+from kvd.metadata.page_states import MAX_SESSION
 from kvd.node import Node
 from kvd.options import CacheOptions
 from kvd.radix_tree import RadixTree
@@ -36,20 +38,29 @@ class Holdings:
     above; what nodes and sessions say of each other's holds agrees; `sealed` has, for each sealed
     page outside the tree, how many tokens it has and how often it is held by all sessions."""
 
-    def __init__(self, num_pages: int, page_size: int, options: CacheOptions) -> None:
+    def __init__(
+        self, num_pages: int, page_size: int, options: CacheOptions, meta: Metadata | None
+    ) -> None:
+        self.meta = Metadata.in_memory(num_pages, page_size) if meta is None else meta
         self.num_pages = num_pages
         self.page_size = page_size
         self.options = options
-        self.free_list = FreeList(num_pages)
-        self.tree = RadixTree(num_pages, page_size, options)
+        self.free_list = FreeList(num_pages, self.meta.pages)
+        self.tree = RadixTree(num_pages, page_size, options, self.meta)
         self.sessions: dict[int, Session] = {}
         self.sealed: dict[int, tuple[int, int]] = {}  # reference -> (tokens, holds of all)
         self._dead: deque[Session] = deque()  # what they hold comes back in portions
 
     # --- sessions
 
-    def open_session(self, session_id: int, name: str, now: float) -> Session:
+    def open_session(
+        self, session_id: int, name: str, now: float, process: ProcessEntry | None = None
+    ) -> Session:
+        """`process`: who is behind it; only what has none is forgotten over a restart."""
         assert session_id not in self.sessions, f"session {session_id} is open"
+        assert session_id < MAX_SESSION, f"session {session_id} cannot be recorded as an owner"
+        if process is not None:
+            self.meta.sessions.opened(session_id, process)
         session = self.sessions[session_id] = Session(session_id, name, now)
         return session
 
@@ -82,6 +93,7 @@ class Holdings:
         if not (session.nodes or session.writing or session.leased or session.sealed):
             self._dead.popleft()
             del self.sessions[session.id]
+            self.meta.sessions.gone(session.id)
         return True
 
     # --- pages
@@ -93,24 +105,24 @@ class Holdings:
 
     def take(self, session: Session, count: int, now: float) -> bytes:
         """New pages for the session to write. The caller has checked that they can be had."""
-        refs, writing = self._take(count, now), session.writing
+        refs, writing = self._take(session, count, now), session.writing
         for ref in refs:
             writing[ref] = 1
         return refs.tobytes()
 
     def take_ahead(self, session: Session, count: int, now: float) -> bytes:
         """The same, leased: not to be written yet."""
-        refs = self._take(count, now)
+        refs = self._take(session, count, now)
         for ref in refs:
             session.leased[ref] = 1
         return refs.tobytes()
 
-    def _take(self, count: int, now: float) -> array[int]:
+    def _take(self, session: Session, count: int, now: float) -> array[int]:
         short = count - len(self.free_list)
-        if short <= 0:
-            return self.free_list.take(count)
-        refs = self.free_list.take(count - short)
-        refs.extend(self.free_list.renew(self.tree.evict(short, now)))
+        refs = self.free_list.take(count if short <= 0 else count - short)
+        if short > 0:
+            refs.extend(self.free_list.renew(self.tree.evict(short, now)))
+        self.meta.pages.taken(refs.tobytes(), session.id)
         return refs
 
     def put(self, refs: list[int]) -> None:
@@ -173,6 +185,7 @@ class Holdings:
     def seal(self, session: Session, ref: int, num_tokens: int) -> None:
         """A page of the session's own is complete, with so many tokens, and stays out of the
         tree."""
+        self.meta.records.sealed_outside(ref, num_tokens)
         holds = session.sealed[ref] = session.writing.pop(ref)
         self.sealed[ref] = num_tokens, holds
 

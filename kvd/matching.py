@@ -7,6 +7,7 @@ from collections.abc import Callable
 from kvd.age_queue import AgeQueue, Request
 from kvd.announcements import MAX_ANNOUNCED_BYTES, Announcements, Pending
 from kvd.holdings import ref_at
+from kvd.metadata import Metadata
 from kvd.node import Node, Root
 from kvd.options import CacheOptions
 from kvd.publishing import Publishing
@@ -24,8 +25,10 @@ MAX_BEGUN_AT_ONCE = 4096
 class Matching(Publishing):
     """Invariants: Publishing's; those of the queue and of the announcements."""
 
-    def __init__(self, num_pages: int, page_size: int, options: CacheOptions) -> None:
-        super().__init__(num_pages, page_size, options)
+    def __init__(
+        self, num_pages: int, page_size: int, options: CacheOptions, meta: Metadata | None
+    ) -> None:
+        super().__init__(num_pages, page_size, options, meta)
         self.queue = AgeQueue()
         self.announcements = Announcements(page_size, self._tell)
         self.draining = False  # begin no more requests
@@ -39,6 +42,7 @@ class Matching(Publishing):
         reading and writing those pages."""
         if session.ended:
             return
+        self.meta.sessions.ended(session.id)
         session.ended = True
         for request in self.queue.of_session(session):
             self.announcements.end(request)

@@ -22,9 +22,10 @@ class Root:
     """One namespace's tree. `live` until it is flushed or its weights version is raised: then its
     pages can be matched no longer, and `left` says why."""
 
-    __slots__ = ("left", "live", "namespace", "num_held", "tenant", "top")
+    __slots__ = ("id", "left", "live", "namespace", "num_held", "tenant", "top")
 
-    def __init__(self, namespace: Namespace, tenant: Tenant) -> None:
+    def __init__(self, namespace: Namespace, tenant: Tenant, root_id: int = 0) -> None:
+        self.id = root_id  # in the metadata; 0: not recorded
         self.namespace = namespace
         self.tenant = tenant
         self.live = True

@@ -6,6 +6,7 @@ from array import array
 from itertools import groupby, repeat
 
 from kvd.holdings import Holdings, ref_at
+from kvd.metadata import Metadata
 from kvd.node import Node, Root
 from kvd.options import CacheOptions
 from kvd.results import Counters, Published
@@ -20,9 +21,11 @@ from kvd_shared.refs import REF_BYTES, TOKEN_BYTES, page_of, refs_from_bytes
 class Publishing(Holdings):
     """Invariants: Holdings's; no live root belongs to a stale weights version."""
 
-    def __init__(self, num_pages: int, page_size: int, options: CacheOptions) -> None:
-        super().__init__(num_pages, page_size, options)
-        self.versions = Versions()
+    def __init__(
+        self, num_pages: int, page_size: int, options: CacheOptions, meta: Metadata | None
+    ) -> None:
+        super().__init__(num_pages, page_size, options, meta)
+        self.versions = Versions(self.meta.weights)
         self.counters = Counters()
 
     def publish(
@@ -107,6 +110,8 @@ class Publishing(Holdings):
     def _check_after(self, session: Session, namespace: Namespace, after: int) -> Node:
         node = self.tree.node_of(after)
         if node is None or session not in node.holders:
+            if after in session.sealed and not self.sealed[after][0]:
+                raise Detached(f"page {page_of(after)} left the tree in a restart of the daemon")
             if session.own(after) is not None:
                 raise BadRequest(f"page {page_of(after)} is not in the tree: publish it as well")
             raise self.not_held(session, after)

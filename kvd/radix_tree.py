@@ -7,6 +7,7 @@ joins          prefix           expiry           growth
 
 from __future__ import annotations
 
+from kvd.metadata import Metadata
 from kvd.node import NEVER, NOBODY, Node, Root
 from kvd.options import CacheOptions
 from kvd.retention import NO_WISH, Retention
@@ -28,8 +29,19 @@ class RadixTree(TreeLeaving):
     or has a protected child; the counts of pages say what they say.
     """
 
-    def __init__(self, num_pages: int, page_size: int, options: CacheOptions) -> None:
-        super().__init__(num_pages, page_size, options)
+    def __init__(
+        self,
+        num_pages: int,
+        page_size: int,
+        options: CacheOptions,
+        meta: Metadata | None = None,
+    ) -> None:
+        super().__init__(
+            num_pages,
+            page_size,
+            options,
+            Metadata.in_memory(num_pages, page_size) if meta is None else meta,
+        )
         self.num_held = 0  # pages that a session holds
         self.num_shared = 0  # pages that two sessions or more hold
         self.num_holds = 0  # the holds on all pages
@@ -91,6 +103,7 @@ class RadixTree(TreeLeaving):
     def retain(self, span: Span, retention: Retention) -> None:
         """Let a wish hold for the pages of a span, which the caller holds."""
         node = self._isolate(span)
+        self.meta.records.retained(node.refs, retention)
         node.retention, node.priority = retention, retention.priority
         node.priority_until_s = node.expires_s = NEVER  # until its last hold ends
 
@@ -188,14 +201,18 @@ class RadixTree(TreeLeaving):
             pages = parent.num_pages
             parent.born_s = (parent.born_s * pages + now * length) / (pages + length)
             self._grow(parent, tokens, refs)
+            self.meta.records.published(refs, after, root.id, tokens, session.id, now, retention)
             return
         old = parent.children.get(tokens[: self.page_token_bytes])
         if old is not None:
             self._doom(old, "expired")
-            self.roots[namespace] = root  # which it may have been the last page of
+            if not root.top.children:  # it was the last of this root, which has gone with it
+                root.id = self.meta.roots.added(namespace)
+                self.roots[namespace] = root
         node = Node(root, parent, bytearray(tokens), bytearray(refs), parent.end)
         self._attach(node, parent)
         self._set_places(refs, node.id, node.depth)
+        self.meta.records.published(refs, after, root.id, tokens, session.id, now, retention)
         node.publisher, node.born_s, node.holders = session.id, now, {session: count}
         node.retention, node.priority = retention, retention.priority
         session.nodes[node] = None
@@ -219,7 +236,8 @@ class RadixTree(TreeLeaving):
         if after is None:
             root = self.roots.get(namespace)
             if root is None:
-                root = Root(namespace, self.eviction.tenant_of(namespace))
+                tenant = self.eviction.tenant_of(namespace)
+                root = Root(namespace, tenant, self.meta.roots.added(namespace))
                 self.roots[namespace] = root
             return root.top
         node = self.node_of(after)

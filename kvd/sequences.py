@@ -105,7 +105,7 @@ class Extended:
         self.status += more.status
         self.num_new += more.num_new
         self.refs += more.refs
-        self.swap_rows.extend(row + first_row for row in more.swap_rows)
+        self.swap_rows.extend([row + first_row for row in more.swap_rows])
         self.swap_places += more.swap_places
         self.swap_refs += more.swap_refs
 

@@ -10,6 +10,7 @@ from typing import Protocol
 
 from kvd.departures import Departures
 from kvd.eviction import EvictionOrder, Tenant
+from kvd.metadata import Metadata
 from kvd.node import NEVER, Node, Root
 from kvd.options import CacheOptions
 from kvd.retention import DEFAULT_PRIORITY, Retention
@@ -33,8 +34,11 @@ class TreeLeaving(TreeReading):
     """Invariants: TreeShape's; the nodes in the eviction order are the unprotected ones, except
     those that are doomed, or put aside until their children have gone; a live root has pages."""
 
-    def __init__(self, num_pages: int, page_size: int, options: CacheOptions) -> None:
+    def __init__(
+        self, num_pages: int, page_size: int, options: CacheOptions, meta: Metadata
+    ) -> None:
         super().__init__(num_pages, page_size)
+        self.meta = meta
         self.eviction = EvictionOrder(num_pages, options)
         self.departures = Departures()
         self.observer: Observer | None = None
@@ -121,6 +125,7 @@ class TreeLeaving(TreeReading):
 
     def flush(self, root: Root, reason: str) -> None:
         """Nothing of this root can be matched from now on. Its pages leave by and by."""
+        self.meta.roots.dead(root.id)
         del self.roots[root.namespace]
         root.live, root.left = False, reason
         self.num_detached += root.num_held
@@ -166,6 +171,7 @@ class TreeLeaving(TreeReading):
         """What `flush` is to a root, for an unprotected node and all below it."""
         parent = node.parent
         assert parent is not None and not node.protected
+        self.meta.pages.doomed(int.from_bytes(node.refs[:REF_BYTES], "little"))
         self._disown(parent, node.key)
         grave = Root(node.namespace, node.root.tenant)
         grave.live, grave.left = False, reason
@@ -179,6 +185,7 @@ class TreeLeaving(TreeReading):
         """It has no children any more."""
         if parent.parent is None:
             if self.roots.get(parent.namespace) is parent.root:
+                self.meta.roots.dead(parent.root.id)
                 del self.roots[parent.namespace]
         elif parent.order is None and not parent.protected and parent.root.live:
             self.eviction.add(parent)  # it had been put aside for its children

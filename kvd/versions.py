@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from kvd_shared.errors import BadRequest, StaleVersion
-from kvd_shared.namespace import MAX_VERSION, Namespace
+from kvd_shared.namespace import MAX_FIELD_BYTES, MAX_VERSION, Namespace
+
+if TYPE_CHECKING:
+    from kvd.metadata.weights import WeightsTable
 
 MAX_MODELS = 1024
 
 
 class Versions:
-    """Invariant: minimums only rise."""
+    """Invariant: minimums only rise, and the metadata's table says the same."""
 
-    def __init__(self) -> None:
+    def __init__(self, table: WeightsTable) -> None:
+        self._table = table
         self.minimum = 0  # of every model
         self.minimums: dict[str, int] = {}  # of single models
 
@@ -39,11 +45,24 @@ class Versions:
                 f"weights version {version}: must be above the {before} that it is at, and at most "
                 f"{MAX_VERSION}"
             )
+        if model is not None:
+            if len(model.encode()) > MAX_FIELD_BYTES:
+                raise BadRequest(f"a model's name of over {MAX_FIELD_BYTES} bytes: none has one")
+            if model not in self.minimums and len(self.minimums) >= MAX_MODELS:
+                raise BadRequest(
+                    f"{MAX_MODELS} models have a version of their own already: raise that of all "
+                    "models"
+                )
+        self._table.raised(model, version)
+        self._set(model, version)
+
+    def restore(self, versions: dict[str | None, int]) -> None:
+        """What the table said after a restart."""
+        for model, version in versions.items():
+            self._set(model, version)
+
+    def _set(self, model: str | None, version: int) -> None:
         if model is None:
             self.minimum = version
-        elif model in self.minimums or len(self.minimums) < MAX_MODELS:
-            self.minimums[model] = version
         else:
-            raise BadRequest(
-                f"{MAX_MODELS} models have a version of their own already: raise that of all models"
-            )
+            self.minimums[model] = version

@@ -122,7 +122,9 @@ class Host:
         self.dying: list[tuple[int, Session]] = []
 
     def open(self) -> Worker:
-        return Worker(self, self.cache.open_session(self.rng.getrandbits(60), "worker", self.now))
+        return Worker(
+            self, self.cache.open_session(1 + self.rng.getrandbits(31), "worker", self.now)
+        )
 
     def shuffled(self, sequences: list[Sequence]) -> list[Sequence]:
         return self.rng.sample(sequences, len(sequences))

@@ -11,6 +11,7 @@ from kvd.results import Match
 from kvd.session import Session
 from kvd_shared.errors import KvdError, NoPages
 from tests.kvd.agreement import CoreView, Told, agree, agree_order
+from tests.kvd.metadata.worlds import process, small_metadata
 from tests.kvd.reference_model import Found, ReferenceModel
 from tests.kvd.reference_parts import ReferenceOperator, ReferenceSequences, ReferenceTickets
 from tests.kvd.reference_sessions import ModelSession
@@ -37,7 +38,9 @@ class Pairing:
         check_every: int = 1,
         strict: bool = True,
     ) -> None:
-        self.core = CacheManager(num_pages, page_size, options)
+        self.core = CacheManager(
+            num_pages, page_size, options, small_metadata(num_pages, page_size)
+        )
         self.view = CoreView(self.core)
         self.model = ReferenceModel(num_pages, page_size, options, self.view)
         self.model_sequences = ReferenceSequences(self.model)
@@ -51,7 +54,9 @@ class Pairing:
             self.open(number)
 
     def open(self, number: int) -> None:
-        self.sessions[number] = self.core.open_session(number, f"worker {number}", self.now)
+        self.sessions[number] = self.core.open_session(
+            number, f"worker {number}", self.now, process(number)
+        )
         self.model.open_session(number)
 
     def both_sessions(self, number: int) -> tuple[Session, ModelSession]:

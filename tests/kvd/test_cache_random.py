@@ -10,6 +10,8 @@ from hypothesis import strategies as st
 
 import kvd.cache
 import kvd.holdings
+from kvd.metadata import Metadata
+from tests.kvd import pairing
 from tests.kvd.random_workers import NAMES, OPERATIONS, Step, play, random_steps
 
 SEQUENCES_A_SEED = 100
@@ -51,6 +53,16 @@ def test_what_is_put_off_can_be_done_in_the_smallest_portions(
         for at in range(3, len(steps), 3):
             steps[at] = rng.choice(often), rng.getrandbits(32)
         play(i, steps, strict=False)
+
+
+def test_memory_that_nobody_keeps_is_used_alike(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        pairing,
+        "small_metadata",
+        lambda pages, page_size: Metadata.in_memory(pages, page_size, recorded=False),
+    )
+    for i in range(SEQUENCES_A_SEED):
+        play(i, random_steps(random.Random(i), 40), strict=False)
 
 
 def test_every_operation_has_its_turn() -> None:

@@ -1,3 +1,5 @@
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -7,6 +9,7 @@ from kvd import __version__, cli
 from kvd.config_sources import FLAGS
 from kvd.lockfile import DaemonLock
 from kvd.page_pool import PoolTooLarge
+from tests.daemon import child_environment
 
 LAYOUT = ["--layout", "num_layers=1,num_kv_heads=1,head_dim=8"]
 
@@ -19,7 +22,7 @@ def _no_logging_setup(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def serve(*arguments: str) -> int:
-    return cli.main(["serve", *arguments])
+    return cli.main(["serve", "--no-keeper", *arguments])
 
 
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:
@@ -27,7 +30,9 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out == f"kvd {__version__}, protocol 1\n"
 
 
-@pytest.mark.parametrize("arguments", [[], ["serve", "--bogus"], ["frobnicate"]])
+@pytest.mark.parametrize(
+    "arguments", [[], ["serve", "--bogus"], ["frobnicate"], ["serve", "--max-restarts", "-1"]]
+)
 def test_wrong_usage_is_2(arguments: list[str]) -> None:
     with pytest.raises(SystemExit) as ended:
         cli.main(arguments)
@@ -69,7 +74,7 @@ def test_a_socket_directory_that_cannot_be_made_is_1(
 ) -> None:
     (tmp_path / "file").write_text("")
     assert serve("--socket-dir", str(tmp_path / "file" / "kvd"), *LAYOUT) == 1
-    assert "Not a directory" in capsys.readouterr().err
+    assert f"'{tmp_path / 'file'}" in capsys.readouterr().err
 
 
 def test_the_configuration_reaches_the_server(
@@ -89,6 +94,30 @@ def test_the_configuration_reaches_the_server(
     assert config.pools[0].name == "p"
 
 
+@pytest.mark.parametrize("manager", [None, "@a-manager"])
+@pytest.mark.parametrize("refused", [False, True])
+def test_a_keeper_is_where_no_manager_is(
+    manager: str | None, refused: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    roles: list[Any] = []
+
+    def be(code: int, *role: Any) -> int:
+        roles.append(role)
+        return code
+
+    monkeypatch.setattr("kvd.server.serve", lambda config: be(0, "daemon"))
+    monkeypatch.setattr("kvd.keeper.keep", lambda *args: be(3, *args))
+    monkeypatch.delenv("NOTIFY_SOCKET", raising=False)
+    if manager:
+        monkeypatch.setenv("NOTIFY_SOCKET", manager)
+    options = ["serve", "--socket-dir", str(tmp_path), *LAYOUT, "--max-restarts", "7"]
+    options += ["--no-keeper"] if refused else []
+    if manager or refused:
+        assert (cli.main(options), roles) == (0, [("daemon",)])
+    else:
+        assert (cli.main(options), roles) == (3, [(options, 7)])
+
+
 def test_too_little_memory_is_1(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -100,3 +129,14 @@ def test_too_little_memory_is_1(
     monkeypatch.setattr("kvd.server.serve", refuse)
     assert serve("--socket-dir", str(tmp_path), *LAYOUT) == 1
     assert "needs 9 TiB" in capsys.readouterr().err
+
+
+def test_a_start_does_not_import_what_only_structlog_would_like_to_have() -> None:
+    program = (
+        "import sys; from kvd.cli import main; main(['serve', '--no-keeper', '--config', '/no']); "
+        "sys.exit('structlog' not in sys.modules or 'rich' in sys.modules)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], env=child_environment(), capture_output=True, check=False
+    )
+    assert done.returncode == 0, done.stderr.decode()

@@ -14,6 +14,8 @@ def session(id: int, **fields: Any) -> dict[str, Any]:
         "pool": "default",
         "age_s": 61.0,
         "state": "live",
+        "ended_s_ago": None,
+        "process": "living",
         "held_pages": 1200,
         "writing_pages": 3,
         "leased_pages": 2,
@@ -26,16 +28,18 @@ def test_one_line_a_session_in_the_order_of_their_ids() -> None:
     reply = {
         "sessions": [
             session(12, name="kvdctl", role="admin", pool=None, held_pages=0, writing_pages=0),
-            session(3, state="quarantined", running_requests=1, waiting_requests=1),
+            session(
+                3, state="quarantined", ended_s_ago=9.0, running_requests=1, waiting_requests=1
+            ),
         ]
     }
     assert render(reply, Style()) == (
-        "ID  NAME    ROLE    POOL     PID  UID  AGE    STATE         HELD  WRITING"
-        "  LEASED  RUNNING  WAITING\n"
-        "3   w3      worker  default  803  7    1m 1s  quarantined  1,200        3"
-        "       2        1        1\n"
-        "12  kvdctl  admin   -        812  7    1m 1s  live             0        0"
-        "       2        0        0"
+        "ID  NAME    ROLE    POOL     PID  UID  AGE    STATE                             HELD  "
+        "WRITING  LEASED  RUNNING  WAITING\n"
+        "3   w3      worker  default  803  7    1m 1s  quarantined 9.0s, process lives  1,200  "
+        "      3       2        1        1\n"
+        "12  kvdctl  admin   -        812  7    1m 1s  live                                 0  "
+        "      0       2        0        0"
     )
 
 

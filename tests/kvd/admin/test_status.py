@@ -14,6 +14,11 @@ REPLY: dict[str, Any] = {
     "draining": False,
     "num_sessions": 3,
     "refused": {"NO_PAGES": 1200, "BAD_REQUEST": 1},
+    "refused_access": {},
+    "ignored_connections": 0,
+    "ignored_messages": 0,
+    "quarantined_sessions": 0,
+    "quarantine_alarms": 0,
     "pools": [
         {
             "name": "Qwen3-8B",
@@ -26,6 +31,7 @@ REPLY: dict[str, Any] = {
                 "dtype": "bfloat16",
             },
             "model": "9c1e77aa01bc23de",
+            "survival": "keeper",
             "page_bytes": 9 << 18,
             "num_pages": 1000,
             "counts": {
@@ -76,6 +82,7 @@ kvd 0.1.0  up 3d 4h  pid 812  protocol 1  core compiled  3 sessions  /run/kvd
 pool Qwen3-8B (cpu)
   layout       36 layers x 8 kv heads x 128, bfloat16, page 16 tokens = 2.25 MiB
   model        9c1e77aa01bc23de
+  survival     keeper: keeps the memory when the daemon crashes
   pages        1,000 (2.2 GiB)  lw▓▓▓▓▓▓████▒▒▒▒▒▒▒▒xx░░░░░░░░░░░░░░░░░░
                free 497 (49.7 %) · leased 2 (0.2 %) · writing 1 (0.1 %) · active 150 (15.0 %)
                shared 100 (10.0 %) · cached 200 (20.0 %) · detached 50 (5.0 %) · duplicate 0 (0.0 %)
