@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from kvd import __version__
@@ -20,7 +21,9 @@ exit codes: {exit_codes.OK} ended as asked, {exit_codes.RUNTIME_ERROR} runtime e
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns the exit code; wrong usage raises SystemExit(2)."""
-    args = _parser().parse_args(argv)
+    arguments = sys.argv[1:] if argv is None else list(argv)
+    args = _parser().parse_args(arguments)
+    args.arguments = arguments
     code: int = args.run(args)
     return code
 
@@ -45,6 +48,19 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     serve.set_defaults(run=_serve)
+    serve.add_argument(
+        "--no-keeper",
+        action="store_true",
+        help="without a service manager: no parent process that keeps the memory and restarts the "
+        "daemon; the cache then ends with it",
+    )
+    serve.add_argument(
+        "--max-restarts",
+        type=_count,
+        default=10,
+        metavar="N",
+        help="crashes within a minute after which the keeper gives up (default: 10)",
+    )
     serve.add_argument("--config", type=Path, metavar="FILE", help="a TOML file")
     for flag, (metavar, text) in SERVE_FLAGS.items():
         serve.add_argument(flag, dest=flag, metavar=metavar, help=text)
@@ -70,6 +86,12 @@ SERVE_FLAGS = {
 }
 
 
+def _count(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r}: must be a whole number of at least 0")
+    return int(text)
+
+
 def _version(args: argparse.Namespace) -> int:
     from kvd_shared.wire import PROTOCOL_VERSION
 
@@ -78,6 +100,17 @@ def _version(args: argparse.Namespace) -> int:
 
 
 def _serve(args: argparse.Namespace) -> int:
+    """Under a service manager, or the keeper, this process is the daemon; else it is the keeper."""
+    if os.environ.get("NOTIFY_SOCKET") or args.no_keeper:
+        return _daemon(args)
+    from kvd.keeper import keep
+
+    return keep(args.arguments, args.max_restarts)
+
+
+def _daemon(args: argparse.Namespace) -> int:
+    with _left_out("rich"):
+        import structlog  # noqa: F401
     from kvd.config import load_config
     from kvd.config_error import ConfigError
     from kvd.lockfile import AlreadyRunning
@@ -100,6 +133,20 @@ def _serve(args: argparse.Namespace) -> int:
         return _fail(e, exit_codes.RUNTIME_ERROR)
     except KeyboardInterrupt:
         return _fail(KeyboardInterrupt("interrupted"), exit_codes.INTERRUPTED)
+
+
+@contextmanager
+def _left_out(module: str) -> Iterator[None]:
+    """Not to be imported meanwhile, though it may be installed. structlog takes rich where it finds
+    it, for tracebacks that kvd does not print: a sixth of the CPU time of a start."""
+    if module in sys.modules:
+        yield
+        return
+    sys.modules[module] = None  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        del sys.modules[module]
 
 
 def _fail(error: BaseException, code: int) -> int:

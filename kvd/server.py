@@ -3,28 +3,30 @@
 from __future__ import annotations
 
 import asyncio
+import faulthandler
 import gc
 import os
 import signal
-import sys
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 
 import structlog
 
-from kvd import __version__
-from kvd.cache import CacheManager
-from kvd.config import KvdConfig, PoolConfig, check_pool, resolve_pool
-from kvd.daemon import Daemon, Pool
+from kvd import __version__, resume
+from kvd.config import KvdConfig, check_pool
+from kvd.daemon import Daemon
 from kvd.events.start import start_events
-from kvd.lease_server import LeaseServer
+from kvd.lease_server import Fencing, LeaseServer
+from kvd.liveness import report, status_line
 from kvd.lockfile import DaemonLock
-from kvd.page_pool import MemfdPool
+from kvd.pool_start import StartedPool, start_pools
 from kvd.rpc_server import RpcServer
 from kvd.serving_loop import ServingLoop, ServingSelector
+from kvd.socket_files import prepare_socket_dir
+from kvd.survival import NONE, Survival
 from kvd_shared import compiled
 from kvd_shared.digest_cache import DigestCache, default_cache_dir
-from kvd_shared.progress import progress_line
 
 DRAIN_POLL_S = 0.05
 TICK_S = 0.5
@@ -34,45 +36,53 @@ log = structlog.get_logger()
 
 def serve(config: KvdConfig) -> int:
     """Run the daemon until SIGTERM or SIGINT. Returns the exit code."""
+    survival = Survival.from_environment(os.environ)
+    try:
+        return _locked(config, survival)
+    finally:
+        survival.store.close()
+
+
+def _locked(config: KvdConfig, survival: Survival) -> int:
     for wanted in config.pools:
         check_pool(wanted)  # a bad configuration leaves nothing behind, no lock file either
     directory = config.daemon.socket_dir
-    directory.mkdir(mode=0o750, parents=True, exist_ok=True)
+    prepare_socket_dir(directory)
     with DaemonLock(directory):
         any_model = any(pool.model for pool in config.pools)
         digests = DigestCache(default_cache_dir(os.environ)) if any_model else None
-        pools = [build_pool(pool, digests) for pool in config.pools]
+        pools = start_pools(
+            config.pools, digests, survival, time.monotonic(), recorded=survival.kind != NONE
+        )
         try:
             selector = ServingSelector()
             with asyncio.Runner(loop_factory=lambda: ServingLoop(selector)) as runner:
-                return runner.run(_run(config, pools, selector))
+                return runner.run(_run(config, pools, survival, selector))
         finally:
             for pool in pools:
-                pool.memory.close()
+                pool.close()
 
 
-def build_pool(config: PoolConfig, digests: DigestCache | None = None) -> Pool:
-    with progress_line(sys.stderr, "digest of the weights") as progress:
-        layout, num_pages, model, vocab_size = resolve_pool(config, progress, digests)
-    memory = MemfdPool(layout, num_pages)
-    log.info("pool.created", pool=config.name, device=config.device, layout=layout.describe(),
-             num_pages=num_pages, pool_bytes=memory.num_bytes, model=model)  # fmt: skip
-    cache = CacheManager(num_pages, layout.page_size, config.cache)
-    if vocab_size is not None:
-        cache.vocab_size = vocab_size
-    return Pool(config.name, config.device, memory, model, cache)
-
-
-async def _run(config: KvdConfig, pools: list[Pool], selector: ServingSelector) -> int:
+async def _run(
+    config: KvdConfig, started: list[StartedPool], survival: Survival, selector: ServingSelector
+) -> int:
     loop = asyncio.get_running_loop()
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
     directory = config.daemon.socket_dir
-    daemon = Daemon(pools, directory, time.monotonic(), config.daemon.max_sessions)
+    access = config.access.access(directory)
+    pools = [each.pool for each in started]
+    daemon = Daemon(pools, directory, time.monotonic(), config.daemon.max_sessions, access)
+    resume.reopen(daemon, time.monotonic(), config.daemon.resume_grace_s)
     settle_collector()
+    faulthandler.enable()  # a SIGABRT of the watchdog shows where the daemon hung
     rpc = RpcServer(daemon, directory, loop)
-    leases = LeaseServer(daemon, directory, loop)
+    fencing = Fencing(
+        death_grace_s=config.daemon.death_grace_s,
+        quarantine_alarm_s=config.daemon.quarantine_alarm_s,
+    )
+    leases = LeaseServer(daemon, directory, loop, fencing)
     selector.serve(rpc.fd, rpc.turn)
     try:
         for pool, pool_config in zip(pools, config.pools, strict=True):
@@ -80,12 +90,21 @@ async def _run(config: KvdConfig, pools: list[Pool], selector: ServingSelector) 
                 events = start_events(pool.cache, pool_config.events, pool.device, loop)
                 daemon.publishers[pool.name] = events
                 log.info("events.publishing", pool=pool.name, endpoint=events.endpoint)
-        ticking = loop.create_task(_tick(daemon, rpc))
-        log.info("daemon.ready", version=__version__, core=compiled.state(), pid=os.getpid(),
-                 socket_dir=str(directory))  # fmt: skip
-        await stop.wait()
-        await _drain(daemon, stop, config.daemon.drain_timeout_s)
-        ticking.cancel()
+        tasks = [
+            loop.create_task(_tick(daemon, rpc)),
+            loop.create_task(report(daemon, survival)),
+        ]
+        with _keeper_watched(survival, loop):
+            survival.ready(status_line(pools))
+            for pool in pools:
+                pool.cache.meta.header.warm_start_done()
+            log.info("daemon.ready", version=__version__, core=compiled.state(), pid=os.getpid(),
+                     socket_dir=str(directory), survival=survival.kind)  # fmt: skip
+            await stop.wait()
+            survival.stopping()
+            await _drain(daemon, stop, config.daemon.drain_timeout_s)
+        for task in tasks:
+            task.cancel()
     finally:
         for publisher in daemon.publishers.values():
             publisher.close()
@@ -94,6 +113,26 @@ async def _run(config: KvdConfig, pools: list[Pool], selector: ServingSelector) 
         leases.close()
         log.info("daemon.stopped")
     return 0
+
+
+@contextmanager
+def _keeper_watched(survival: Survival, loop: asyncio.AbstractEventLoop) -> Iterator[None]:
+    """The end of the keeper is noticed at once; the daemon goes on."""
+    pidfd = survival.watch_keeper()
+    if pidfd is None:
+        yield
+        return
+
+    def gone() -> None:
+        loop.remove_reader(pidfd)
+        survival.gone("the keeper has ended")
+
+    loop.add_reader(pidfd, gone)
+    try:
+        yield
+    finally:
+        loop.remove_reader(pidfd)
+        os.close(pidfd)
 
 
 def settle_collector() -> None:
@@ -107,6 +146,7 @@ def settle_collector() -> None:
 async def _tick(daemon: Daemon, rpc: RpcServer) -> None:
     while True:
         await asyncio.sleep(TICK_S)
+        resume.tick(daemon, time.monotonic())
         for pool in daemon.pools.values():
             pool.cache.tick(time.monotonic())
         rpc.pass_on_notices()

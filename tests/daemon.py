@@ -11,7 +11,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -21,31 +21,43 @@ from kvd_shared.client import KvdClient
 START_TIMEOUT_S = 30.0
 STOP_TIMEOUT_S = 15.0
 
-# PR_SET_PDEATHSIG (1): a test run that is killed leaves no daemon behind.
+# PR_SET_PDEATHSIG (1): a test run that is killed leaves no daemon behind. A keeper passes it on.
 _SERVE = """\
 import ctypes, signal, sys
-ctypes.CDLL(None).prctl(1, signal.SIGKILL)
+ctypes.CDLL(None).prctl(1, signal.SIGTERM if "--max-restarts" in sys.argv else signal.SIGKILL)
 from kvd.cli import main
 sys.exit(main())
 """
+# what a service manager of the test run itself would say
+_MANAGERS_OWN = ("NOTIFY_SOCKET", "LISTEN_", "WATCHDOG_", "FDSTORE", "KEEPER_PID")
 
 
 class RunningDaemon:
-    """One `kvd serve` in its own socket directory; `process` is the current one."""
+    """One `kvd serve` in its own socket directory; `process` is the current one: the daemon, or
+    its keeper."""
 
     process: subprocess.Popen[bytes]
 
-    def __init__(self, socket_dir: Path, config: Path, log_file: Path) -> None:
+    def __init__(
+        self, socket_dir: Path, config: Path, log_file: Path, max_restarts: int | None = None
+    ) -> None:
+        """`max_restarts`: what a keeper is told; None: no keeper."""
         self.socket_dir = socket_dir
         self.config = config
         self.log_file = log_file
+        self.max_restarts = max_restarts
+
+    @property
+    def pid(self) -> int:
+        """The daemon's own, whoever keeps it: of the one that got ready last."""
+        return int(self.logs("daemon.ready")[-1]["pid"])
 
     def start(self) -> None:
         """Start a (further) process and wait until it serves. Raises when it ends before that."""
-        self.process = start_process(self.config, self.log_file)
+        starts = len(self.logs("daemon.ready"))
+        self.process = start_process(self.config, self.log_file, self.max_restarts)
         deadline = time.monotonic() + START_TIMEOUT_S
-        pid = self.process.pid
-        while not any(e["event"] == "daemon.ready" and e["pid"] == pid for e in self.logs()):
+        while len(self.logs("daemon.ready")) == starts:
             if self.process.poll() is not None or time.monotonic() > deadline:
                 self.kill()
                 raise RuntimeError(
@@ -63,9 +75,13 @@ class RunningDaemon:
         return self.process.wait(timeout_s)
 
     def kill(self) -> None:
-        """SIGKILL. Nothing if it has ended already."""
+        """SIGKILL, to a keeper and to its daemon. Nothing if it has ended already."""
         self.process.kill()
         self.process.wait(STOP_TIMEOUT_S)
+        if self.max_restarts is not None:
+            for pid in daemons_of(self.config):
+                os.kill(pid, signal.SIGKILL)
+            eventually(lambda: not daemons_of(self.config), STOP_TIMEOUT_S)
 
     def logs(self, event: str | None = None) -> list[dict[str, Any]]:
         """What has been logged (by all processes so far); only lines of one event, if given."""
@@ -118,10 +134,14 @@ def running_daemon(
     drain_timeout_s: float = 10.0,
     max_sessions: int = 1024,
     settings: str = "",
+    daemon_settings: str = "",
+    max_restarts: int | None = None,
 ) -> Iterator[RunningDaemon]:
     """A daemon that serves one pool, "default", of an explicit layout, or of a `model` folder's.
 
-    `settings`: further keys of the pool, then tables of it, as lines of TOML.
+    `settings`: further keys of the pool, then tables of it, as lines of TOML; `daemon_settings`:
+    further keys of the daemon, likewise. `max_restarts`: under
+    a keeper that is told so; None: without one.
 
     Its sockets are in a directory of its own with a short path; its configuration and its log are
     in `tmp_path`. On leaving, the process is ended and the directory removed, whatever happened.
@@ -132,11 +152,11 @@ def running_daemon(
     config = tmp_path / f"{socket_dir.name}.toml"
     config.write_text(
         f'[daemon]\nsocket_dir = "{socket_dir}"\nlog_format = "json"\n{drain_timeout_s = }\n'
-        f"{max_sessions = }\n"
+        f"{max_sessions = }\n{daemon_settings}"
         f'[[pool]]\nname = "default"\nsize = "{num_pages} pages"\n{page_size = }\n'
         f'kv_dtype = "{kv_dtype}"\n{source}'
     )
-    daemon = RunningDaemon(socket_dir, config, tmp_path / f"{socket_dir.name}.log")
+    daemon = RunningDaemon(socket_dir, config, tmp_path / f"{socket_dir.name}.log", max_restarts)
     try:
         daemon.start()
         yield daemon
@@ -146,11 +166,14 @@ def running_daemon(
         shutil.rmtree(socket_dir, ignore_errors=True)
 
 
-def start_process(config: Path, log_file: Path) -> subprocess.Popen[bytes]:
+def start_process(
+    config: Path, log_file: Path, max_restarts: int | None = None
+) -> subprocess.Popen[bytes]:
     """`kvd serve --config …` as a process, without waiting; prints into `log_file`."""
+    kept = ["--no-keeper"] if max_restarts is None else ["--max-restarts", str(max_restarts)]
     with log_file.open("ab") as log:
         return subprocess.Popen(
-            [sys.executable, "-c", _SERVE, "serve", "--config", str(config)],
+            [sys.executable, "-c", _SERVE, "serve", "--config", str(config), *kept],
             stdout=log,
             stderr=subprocess.STDOUT,
             stdin=subprocess.DEVNULL,
@@ -158,9 +181,19 @@ def start_process(config: Path, log_file: Path) -> subprocess.Popen[bytes]:
         )
 
 
+def daemons_of(config: Path) -> list[int]:
+    """Living processes that have that configuration on their command line: daemons and keepers."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        with suppress(OSError):
+            if entry.name.isdecimal() and os.fsencode(config) in (entry / "cmdline").read_bytes():
+                found.append(int(entry.name))
+    return found
+
+
 def child_environment() -> dict[str, str]:
     """This process's environment for a Python child: the same import path, no kvd settings."""
-    own = {k: v for k, v in os.environ.items() if not k.startswith("KVD_")}
+    own = {k: v for k, v in os.environ.items() if not k.startswith(("KVD_", *_MANAGERS_OWN))}
     return own | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
 
 
