@@ -97,6 +97,26 @@ def _flush(
     return count
 
 
+def kill_session(daemon: Daemon, args: Arguments, now: float) -> Result:
+    session = args.number("session")
+    args.done()
+    ended = daemon.kill(session, now)
+    return {
+        "session": ended.id,
+        "name": ended.name,
+        "pid": ended.process.pid,
+        "held_pages": ended.num_held_pages,
+    }
+
+
 CHANGES: dict[str, Callable[[Daemon, Arguments, float], Result | Sliced]] = {
-    f.__name__: f for f in (evict, flush, raise_weights_version, retain_prompt, release_prompt)
+    f.__name__: f
+    for f in (
+        evict,
+        flush,
+        raise_weights_version,
+        retain_prompt,
+        release_prompt,
+        kill_session,
+    )
 }

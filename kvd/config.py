@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import structlog
 
+from kvd.config_access import AccessConfig, access_config
 from kvd.config_check import (
     below,
     num_tables,
@@ -21,6 +22,7 @@ from kvd.config_keys import DAEMON_FIELDS
 from kvd.config_model import unserved
 from kvd.config_pool import LayoutConfig, PoolConfig, pool_config
 from kvd.config_sources import Setting, from_environment, from_file, from_flags
+from kvd.events.keys import BadKeys, read_keys
 from kvd.options import OptionsError, check_options
 from kvd.policies import POLICIES
 from kvd_shared.digest_cache import DigestCache
@@ -36,6 +38,7 @@ from kvd_shared.sizes import format_bytes
 from kvd_shared.socket_dir import default_socket_dir
 
 __all__ = [
+    "AccessConfig",
     "DaemonConfig",
     "KvdConfig",
     "LayoutConfig",
@@ -59,11 +62,15 @@ class DaemonConfig:
     log_format: str = "auto"
     drain_timeout_s: float = 30.0
     max_sessions: int = 1024  # attached at once, over all pools
+    death_grace_s: float = 0.0  # from the proof of a process's death to the return of its pages
+    quarantine_alarm_s: float = 5.0  # how long a process may live on behind its session's end
+    resume_grace_s: float = 5.0  # how long a restarted daemon waits for the sessions to resume
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class KvdConfig:
     daemon: DaemonConfig
+    access: AccessConfig
     pools: tuple[PoolConfig, ...]  # at least one
 
 
@@ -91,7 +98,7 @@ def load_config(path: Path | None, env: Mapping[str, str], flags: Mapping[str, s
             raise ConfigError(
                 f"{names.count(name)} pools have the name {name!r}: give each its own `name`"
             )
-    config = KvdConfig(daemon=DaemonConfig(**daemon), pools=pools)
+    config = KvdConfig(daemon=DaemonConfig(**daemon), access=access_config(settings), pools=pools)
     _refuse_shared_endpoints(config)
     return config
 
@@ -111,6 +118,11 @@ def check_pool(pool: PoolConfig) -> None:
     _sized(pool)
     if pool.model is not None:
         weight_files(pool.model)
+    if pool.events is not None and pool.events.has_keys:
+        try:
+            read_keys(pool.events)
+        except BadKeys as e:
+            raise ConfigError(f"pool {pool.name!r}: events: {e}") from e
 
 
 def resolve_pool(

@@ -30,7 +30,10 @@ def events_options(settings: Settings, pool: KeyPath) -> EventsOptions | None:
     values = _values(settings, here, EVENT_FIELDS)
     if values and "endpoint" not in values:
         raise ConfigError(f"{show_path(here)}: missing: endpoint, where the events are published")
-    return EventsOptions(**values) if values else None
+    try:
+        return EventsOptions(**values) if values else None
+    except ValueError as e:
+        raise ConfigError(f"{show_path(here)}: {e}") from e
 
 
 def _tenant(settings: Settings, here: KeyPath) -> TenantShare:

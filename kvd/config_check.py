@@ -8,6 +8,7 @@ from difflib import get_close_matches
 
 from kvd.config_error import ConfigError, nearest
 from kvd.config_keys import (
+    ACCESS_FIELDS,
     CACHE_FIELDS,
     DAEMON_FIELDS,
     POOL_FIELDS,
@@ -24,16 +25,20 @@ _SERVICE_LINK = re.compile(
 )
 
 # single values by their last key
-_SETTABLE = {key: f"KVD_DAEMON__{key.upper()}" for key in DAEMON_FIELDS} | {
-    key: f"KVD_POOL__0__{key.upper()}" for key in (*POOL_FIELDS, *CACHE_FIELDS)
-}
+_SETTABLE = (
+    {key: f"KVD_DAEMON__{key.upper()}" for key in DAEMON_FIELDS}
+    | {key: f"KVD_ACCESS__{key.upper()}" for key in ACCESS_FIELDS}
+    | {key: f"KVD_POOL__0__{key.upper()}" for key in (*POOL_FIELDS, *CACHE_FIELDS)}
+)
 
 
 def refuse_unknown(settings: Settings) -> None:
     """Raises ConfigError for the first key that is not in the tables of config_keys."""
     for path, setting in settings.items():
         match path:
-            case ("daemon",) | ("pool", int()) | ("pool", int(), "limits") if setting.value == {}:
+            case ("daemon",) | ("access",) if setting.value == {}:
+                continue
+            case ("pool", int()) | ("pool", int(), "limits") if setting.value == {}:
                 continue  # an empty table
             case ("pool", int(), "tenant", int()) if setting.value == {}:
                 continue  # refused with what it lacks
@@ -41,6 +46,8 @@ def refuse_unknown(settings: Settings) -> None:
                 continue
             case ("daemon", *rest):
                 known = set(DAEMON_FIELDS)
+            case ("access", *rest):
+                known = set(ACCESS_FIELDS)
             case ("pool", int(), str(table)) if table in POOL_TABLES:
                 raise setting.refuse(f"must be a table of {', '.join(POOL_TABLES[table])}")
             case ("pool", int(), str(table), *rest) if table in POOL_TABLES:
@@ -66,15 +73,19 @@ def refuse_unknown(settings: Settings) -> None:
             )
 
 
+# The second is kvd.metadata.failpoints.VARIABLE, by which tests end the daemon at a certain store.
+_NO_SETTINGS = (SOCKET_DIR_VARIABLE, "KVD_FAILPOINT")
+
+
 def refuse_unknown_variables(env: Mapping[str, str]) -> None:
     """Raises ConfigError for a `KVD_` variable that sets nothing, or the operator who wrote it
     would believe that it does. Those with a double underscore are `refuse_unknown`'s."""
     for variable in sorted(env):
         ours = variable.startswith(ENV_PREFIX) and "__" not in variable
-        if not ours or variable == SOCKET_DIR_VARIABLE or _SERVICE_LINK.fullmatch(variable):
+        if not ours or variable in _NO_SETTINGS or _SERVICE_LINK.fullmatch(variable):
             continue
         key = variable.removeprefix(ENV_PREFIX).lower()
-        key = key.removeprefix("daemon_").removeprefix("pool_")
+        key = key.removeprefix("daemon_").removeprefix("access_").removeprefix("pool_")
         close = get_close_matches(key, _SETTABLE, n=1)
         if close:
             hint = f"did you mean {_SETTABLE[close[0]]}?"

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import grp
 import math
 import os
+import pwd
 import re
 from collections.abc import Callable
 from contextlib import suppress
@@ -21,6 +23,7 @@ Field = Callable[[Setting], Any]  # the value that a setting means; raises Confi
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", re.ASCII)
 _TCP = re.compile(r"tcp://(?:\*|[A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\]):([0-9]{1,5})", re.ASCII)
 SUPPORTED_DEVICES = ("cpu",)
+MAX_ID = (1 << 32) - 2  # of users and groups; the one above stands for nobody known
 
 
 def text(setting: Setting) -> str:
@@ -71,6 +74,45 @@ def _number(setting: Setting, wanted: str) -> float:
     if not isinstance(value, int | float) or isinstance(value, bool):
         raise setting.refuse(f"must be {wanted}")
     return float(value)
+
+
+def truth(setting: Setting) -> bool:
+    value = {"true": True, "false": False}.get(setting.value) if setting.is_text else setting.value
+    if not isinstance(value, bool):
+        raise setting.refuse("must be true or false")
+    return value
+
+
+def users(setting: Setting) -> frozenset[int]:
+    return _ids(setting, "user", lambda name: pwd.getpwnam(name).pw_uid)
+
+
+def groups(setting: Setting) -> frozenset[int]:
+    return _ids(setting, "group", lambda name: grp.getgrnam(name).gr_gid)
+
+
+def _ids(setting: Setting, what: str, id_of: Callable[[str], int]) -> frozenset[int]:
+    """Numbers, and names of this host. As a text they stand behind each other with commas."""
+    named = setting.value
+    if setting.is_text:
+        parts = [part.strip() for part in named.split(",")]
+        named = [int(part) if part.isdecimal() else part for part in parts if part]
+    if not isinstance(named, list):
+        raise setting.refuse(f'must be a list of {what}s, such as ["kvd", 1001]')
+    ids = set()
+    for one in named:
+        if isinstance(one, str) and one:
+            try:
+                ids.add(id_of(one))
+            except KeyError:
+                raise setting.refuse(
+                    f"this host has no {what} {one!r}: make it before kvd starts, or give a number"
+                ) from None
+        elif type(one) is int and 0 <= one <= MAX_ID:
+            ids.add(one)
+        else:
+            raise setting.refuse(f"{one!r} is no {what}: give names, or numbers to {MAX_ID}")
+    return frozenset(ids)
 
 
 def seconds(setting: Setting) -> float:

@@ -20,6 +20,18 @@ DAEMON_FIELDS: Fields = {
     "log_format": one_of("auto", "json", "console"),
     "drain_timeout_s": kind.seconds,
     "max_sessions": whole_up_to(MAX_SESSIONS),
+    "death_grace_s": kind.seconds,
+    "quarantine_alarm_s": kind.seconds,
+    "resume_grace_s": kind.seconds,
+}
+ACCESS_FIELDS: Fields = {
+    "worker_users": kind.users,
+    "worker_groups": kind.groups,
+    "admin_users": kind.users,
+    "admin_groups": kind.groups,
+    "observer_users": kind.users,
+    "observer_groups": kind.groups,
+    "show_token_ids": kind.truth,
 }
 POOL_FIELDS: Fields = {
     "name": kind.name,
@@ -51,6 +63,9 @@ EVENT_FIELDS: Fields = {
     "buffer_steps": whole_number,
     "hwm": whole_up_to(MAX_HWM),
     "heartbeat_s": kind.seconds,
+    "secret_key_file": kind.folder,
+    "client_keys": kind.folder,
+    "insecure_plaintext": kind.truth,
 }
 TENANT_FIELDS: Fields = {
     "name": kind.name,

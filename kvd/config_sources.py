@@ -19,7 +19,7 @@ Key = str | int
 KeyPath = tuple[Key, ...]
 Settings = dict[KeyPath, "Setting"]
 
-SECTIONS = ("daemon", "pool")
+SECTIONS = ("daemon", "access", "pool")
 ENV_PREFIX = "KVD_"
 FLAGS: dict[str, KeyPath] = {
     "--socket-dir": ("daemon", "socket_dir"),
@@ -70,7 +70,7 @@ def from_file(path: Path) -> Settings:
     for name, value in tree.items():
         if name not in SECTIONS:
             raise ConfigError(f"{path}: {name}: no such section; {nearest(name, SECTIONS)}")
-        wanted, written = (list, "[[pool]]") if name == "pool" else (dict, "[daemon]")
+        wanted, written = (list, "[[pool]]") if name == "pool" else (dict, f"[{name}]")
         if not isinstance(value, wanted):
             raise ConfigError(f"{path}: {name}: must be written as {written}")
     return {

@@ -12,7 +12,7 @@ from argparse import Namespace
 from typing import Any
 
 from kvd.admin.style import Style
-from kvd.admin.verb import Reply, Verb, pool_argument
+from kvd.admin.verb import Reply, Verb, as_observer, pool_argument
 from kvd_shared import exit_codes
 
 
@@ -35,4 +35,5 @@ VERB = Verb(
     call=call,
     page=lambda reply, style, args: render(reply, style),
     code=lambda reply: exit_codes.OK if reply["ok"] else exit_codes.PROBLEM_FOUND,
+    role=as_observer,
 )

@@ -136,7 +136,7 @@ def _ask(verb: Verb, args: argparse.Namespace) -> tuple[int, Reply | None]:
         return _fail(e, exit_codes.USAGE), None
     try:
         with KvdClient.attach(
-            directory, name="kvdctl", role="admin", timeout_s=args.timeout
+            directory, name="kvdctl", role=verb.role(args), timeout_s=args.timeout
         ) as client:
             if verb.look is not None:
                 args.seen = client.call(verb.look(args), args.timeout)

@@ -15,7 +15,7 @@ from typing import Any
 
 from kvd.admin.page_states import LEGENDS, name_of
 from kvd.admin.style import Style, count, percent
-from kvd.admin.verb import Reply, Verb, pool_argument, positive
+from kvd.admin.verb import Reply, Verb, as_observer, pool_argument, positive
 from kvd_shared.page_state import PageState
 
 DEFAULT_ROWS = 24
@@ -95,4 +95,5 @@ VERB = Verb(
     call=call,
     page=lambda reply, style, args: render(reply, style, args.rows),
     json=as_json,
+    role=as_observer,
 )

@@ -14,7 +14,7 @@ from argparse import Namespace
 from typing import Any
 
 from kvd.admin.style import Style, count, duration, printable, shortened, table
-from kvd.admin.verb import Reply, Verb, pool_argument
+from kvd.admin.verb import Reply, Verb, as_observer, pool_argument
 
 HEAD = ("N", "TOKENS", "PAGES", "ENDS", "MODEL", "VERSION", "SALT", "")
 
@@ -52,4 +52,5 @@ VERB = Verb(
     arguments=pool_argument,
     call=call,
     page=lambda reply, style, args: render(reply, style),
+    role=as_observer,
 )

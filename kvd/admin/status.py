@@ -3,7 +3,9 @@
 Message   {"op": "status", "args": {}}
 Reply     {"version": "0.1.0", "pid": 812, "uptime_s": 5.2, "protocol": 1, "core": "compiled",
            "socket_dir": "/run/kvd", "draining": false, "num_sessions": 2,
-           "refused": {"NO_PAGES": 3}, "pools": [{...}]};
+           "quarantined_sessions": 0, "quarantine_alarms": 0, "refused": {"NO_PAGES": 3},
+           "refused_access": {"wrong_role": 1}, "ignored_connections": 0,
+           "ignored_messages": 0, "pools": [{...}]};
            docs/protocol.md has the fields of a pool
 Command   kvdctl status [-o json]
 """
@@ -15,11 +17,16 @@ from typing import Any
 
 from kvd.admin.page_states import LEGENDS, name_of
 from kvd.admin.style import Style, count, duration, key_values, percent, printable
-from kvd.admin.verb import Reply, Verb
+from kvd.admin.verb import Reply, Verb, as_observer
 from kvd_shared.page_state import PageState
 from kvd_shared.sizes import format_bytes
 
 BAR_WIDTH = 40
+_SURVIVAL = {
+    "systemd": "systemd: keeps the memory when the daemon crashes or is restarted",
+    "keeper": "keeper: keeps the memory when the daemon crashes",
+    "none": "none: the memory ends with the daemon",
+}
 
 
 def call(args: Namespace) -> Any:
@@ -35,8 +42,23 @@ def render(reply: Reply, style: Style) -> str:
         f"  core {reply['core']}"
         f"  {count(reply['num_sessions'], 'session')}  {reply['socket_dir']}{draining}"
     )
-    refused = [f"{code} {number:,}" for code, number in sorted(reply["refused"].items())]
-    tail = [f"refused requests: {', '.join(refused)}"] if refused else []
+    tail = [
+        f"{what}: " + ", ".join(f"{why} {number:,}" for why, number in sorted(counts.items()))
+        for what, counts in (
+            ("refused requests", reply["refused"]),
+            ("refused for who asked", reply["refused_access"]),
+        )
+        if counts
+    ]
+    if reply["quarantined_sessions"] or reply["quarantine_alarms"]:
+        waiting = count(reply["quarantined_sessions"], "ended session")
+        alarms = count(reply["quarantine_alarms"], "alarm")
+        line = f"{waiting} quarantined, its process not proven dead; {alarms} since start"
+        tail.append(style.paint(line, "yellow"))
+    if reply["ignored_connections"]:
+        ignored = count(reply["ignored_connections"], "connection")
+        line = f"{ignored} not answered any more, for {count(reply['ignored_messages'], 'message')}"
+        tail.append(style.paint(f"{line} that made no sense, since start", "yellow"))
     return "\n\n".join([head, *(_pool(pool, style) for pool in reply["pools"]), *tail])
 
 
@@ -55,6 +77,7 @@ def _memory(pool: Reply, style: Style) -> list[tuple[str, str]]:
             f"{format_bytes(pool['page_bytes'])}",
         ),
         ("model", pool["model"] or "any of this layout"),
+        ("survival", _SURVIVAL[pool["survival"]]),
         ("pages", f"{total:,} ({format_bytes(total * pool['page_bytes'])})  {_bar(pool, style)}"),
         *(("", line) for line in _counts(pool)),
         ("retained", f"{pool['retained_pages']:,} of {count(pool['retain_quota'], 'page')}"),
@@ -168,4 +191,5 @@ VERB = Verb(
     help="the daemon and its pools on one page",
     call=call,
     page=lambda reply, style, args: render(reply, style),
+    role=as_observer,
 )

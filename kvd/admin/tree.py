@@ -6,7 +6,8 @@ Reply     {"pool": "default", "page_size": 16, "truncated": false, "namespaces":
            {"id": 7, "parent": nil, "pages": 26, "tokens": 416, "digest": "a1b2…",
             "holders": 2, "hits": 5, "priority": 35, "last_use_s": nil (held) or seconds ago,
             "expires_s": nil (never) or in seconds}]}]}
-          Prompts are private: a digest names a node's tokens.
+          Prompts are private: a digest names a node's tokens. Where the daemon's configuration
+          permits it, admins get each node's "first_tokens", too (--tokens)
 Command   kvdctl tree [--pool NAME] [--depth 3] [--sort use|pages] [--max-nodes 1000] [-o json]
 """
 
@@ -17,7 +18,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from kvd.admin.style import Style, count, duration, printable, shortened
-from kvd.admin.verb import Reply, Verb, pool_argument, positive
+from kvd.admin.verb import Reply, Verb, as_admin, as_observer, pool_argument, positive
 
 DEFAULT_PRIORITY = 35  # everyone's; another one is said
 Children = dict[int | None, list[Reply]]
@@ -38,6 +39,11 @@ def arguments(parser: ArgumentParser) -> None:
         default=1000,
         metavar="N",
         help="ask for at most N (default: 1000)",
+    )
+    parser.add_argument(
+        "--tokens",
+        action="store_true",
+        help="ask as admin, who sees token ids where access.show_token_ids is configured",
     )
 
 
@@ -127,6 +133,8 @@ def _node(node: Reply, style: Style) -> str:
         more += f", priority {node['priority']}"
     if node["expires_s"] is not None:
         more += f", expires in {duration(max(node['expires_s'], 0))}"
+    if node.get("first_tokens"):
+        more += f", begins {' '.join(str(token) for token in node['first_tokens'])}"
     return f"{node['digest']}  {size}, {count(node['hits'], 'hit')}, {use}{more}"
 
 
@@ -135,4 +143,5 @@ VERB = Verb(
     arguments=arguments,
     call=call,
     page=lambda reply, style, args: render(reply, style, args.depth, args.sort),
+    role=lambda args: as_admin(args) if args.tokens else as_observer(args),
 )

@@ -29,6 +29,16 @@ def _ok(reply: Reply) -> int:
     return exit_codes.OK
 
 
+def as_observer(args: Namespace) -> str:
+    """The role of what only reads and tells of nobody's prompt."""
+    return "observer"
+
+
+def as_admin(args: Namespace) -> str:
+    """The role of everything else."""
+    return "admin"
+
+
 def pool_argument(parser: ArgumentParser) -> None:
     parser.add_argument("--pool", metavar="NAME", help="which pool, if there are several")
 
@@ -72,3 +82,4 @@ class Verb:
     json: Callable[[Reply], Reply] = _as_it_is
     look: Callable[[Namespace], Any] | None = None
     code: Callable[[Reply], int] = _ok
+    role: Callable[[Namespace], str] = as_admin  # to attach in

@@ -13,7 +13,7 @@ from argparse import ArgumentParser, Namespace
 from typing import Any
 
 from kvd.admin.style import Style, count, printable, table
-from kvd.admin.verb import Reply, Verb, pool_argument, whole
+from kvd.admin.verb import Reply, Verb, as_observer, pool_argument, whole
 
 
 def arguments(parser: ArgumentParser) -> None:
@@ -41,4 +41,5 @@ VERB = Verb(
     arguments=arguments,
     call=call,
     page=lambda reply, style, args: render(reply, style),
+    role=as_observer,
 )

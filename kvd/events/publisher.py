@@ -16,6 +16,8 @@ from typing import Any
 import structlog
 import zmq
 
+from kvd.events.gate import Gate
+from kvd.events.keys import read_keys
 from kvd.events.log import EventLog
 from kvd.events.options import EventsOptions
 from kvd.events.replay_server import ReplayServer
@@ -38,23 +40,35 @@ class Publisher:
         loop: asyncio.AbstractEventLoop,
         wall_clock: Callable[[], float] = time.time,
     ) -> None:
-        """Raises OSError when an endpoint cannot be bound."""
+        """Raises OSError when an endpoint cannot be bound, BadKeys."""
         self._events, self._loop, self._clock = events, loop, wall_clock
         self._topic = options.topic.encode()
         self._heartbeat_s = options.heartbeat_s
         self._publishing = False  # a turn that drains the log is coming
         self._last_beat_seq = events.next_seq
+        keys = read_keys(options) if options.has_keys else None
         self._context = zmq.Context()
         self.replay: ReplayServer | None = None
+        self.gate = Gate(self._context, keys, loop) if keys is not None else None
         try:
             self._socket = self._context.socket(zmq.PUB)
+            if self.gate is not None:
+                self.gate.guard(self._socket)
             self._socket.setsockopt(zmq.SNDHWM, options.hwm)
             self.endpoint = bind(self._socket, options.endpoint)
             if options.replay_endpoint is not None:
                 self.replay = ReplayServer(
-                    events, self._context, options.replay_endpoint, self._topic, loop, wall_clock
+                    events,
+                    self._context,
+                    options.replay_endpoint,
+                    self._topic,
+                    loop,
+                    wall_clock,
+                    self.gate,
                 )
         except OSError:
+            if self.gate is not None:
+                self.gate.close()
             self._context.destroy(linger=0)
             raise
         events.wake = self._wake
@@ -72,6 +86,8 @@ class Publisher:
             "open": self.is_open,
             "endpoint": self.endpoint,
             "replay_endpoint": replay and replay.endpoint,
+            "encrypted": self.gate is not None,
+            "refused_clients": self.gate.refusals.counts.total() if self.gate else 0,
             "epoch": events.epoch.hex(),
             "first_seq": events.first_seq,
             "next_seq": events.next_seq,
@@ -92,6 +108,8 @@ class Publisher:
         if self.replay is not None:
             self.replay.close()
         unbind(self._socket, self.endpoint)
+        if self.gate is not None:
+            self.gate.close()
         self._context.term()  # waits until the last messages are out
 
     def _wake(self) -> None:

@@ -15,6 +15,7 @@ import structlog
 import zmq
 
 from kvd.events.answers import Answer, Message, Refusal, answer
+from kvd.events.gate import Gate
 from kvd.events.log import EventLog
 from kvd.events.sockets import bind, unbind
 from kvd.events.wire import MAX_REQUEST_BYTES, BadEventsRequest
@@ -62,6 +63,7 @@ class ReplayServer:
         topic: bytes,
         loop: asyncio.AbstractEventLoop,
         wall_clock: Callable[[], float],
+        gate: Gate | None = None,
     ) -> None:
         """Raises OSError when the endpoint cannot be bound."""
         self.counts = ReplayCounts()
@@ -72,6 +74,8 @@ class ReplayServer:
         self._socket.setsockopt(zmq.SNDHWM, QUEUED_MESSAGES)
         self._socket.setsockopt(zmq.MAXMSGSIZE, MAX_REQUEST_BYTES)
         self._socket.setsockopt(zmq.ROUTER_MANDATORY, 1)  # a reader that is gone is an error here
+        if gate is not None:
+            gate.guard(self._socket)
         self.endpoint = bind(self._socket, endpoint)
         self._fd = int(self._socket.getsockopt(zmq.FD))
         loop.add_reader(self._fd, self._turn)

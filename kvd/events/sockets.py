@@ -6,6 +6,8 @@ from pathlib import Path
 
 import zmq
 
+from kvd.socket_files import made_private, share_with_group
+
 FLUSH_MS = 500  # for the last messages, on closing
 
 
@@ -17,11 +19,12 @@ def bind(socket: zmq.Socket[bytes], endpoint: str) -> str:
     socket.setsockopt(zmq.LINGER, FLUSH_MS)
     socket.setsockopt(zmq.IPV6, int("[" in endpoint))
     try:
-        socket.bind(endpoint)
+        with made_private():
+            socket.bind(endpoint)
     except zmq.ZMQError as e:
         raise OSError(e.errno, f"cannot publish events on {endpoint}: {e.strerror}") from e
     if path := _ipc_path(endpoint):
-        path.chmod(0o660)  # the daemon's group, as for its other sockets
+        share_with_group(path)
     return str(socket.get_string(zmq.LAST_ENDPOINT)).rstrip("\0")
 
 
