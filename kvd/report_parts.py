@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Generator
 from hashlib import blake2b
 from typing import Any
@@ -14,6 +15,8 @@ from kvd_shared.namespace import Namespace
 Result = dict[str, Any]
 Sliced = Generator[None, None, Result]  # what takes longer than a turn of the loop may
 HASHED_A_SLICE = 256 << 10  # bytes
+# Without it, who sees a digest could try prompts and salts until one has it.
+_KEY = secrets.token_bytes(16)
 
 
 def named_pool(daemon: Daemon, args: Arguments) -> Pool:
@@ -38,12 +41,12 @@ def space_to_wire(space: Namespace) -> Result:
 
 def digest(private: bytes) -> str:
     """What is shown of tenants' salts and adapters; nothing for nothing."""
-    return blake2b(private, digest_size=6).hexdigest() if private else ""
+    return blake2b(private, digest_size=6, key=_KEY).hexdigest() if private else ""
 
 
 def sliced_digest(above: str, tokens: bytes) -> Generator[None, None, str]:
     """What is shown of a node's tokens, given that of its parent; prompts are private."""
-    state = blake2b(above.encode(), digest_size=6)
+    state = blake2b(above.encode(), digest_size=6, key=_KEY)
     for start in range(0, len(tokens), HASHED_A_SLICE):
         if start:
             yield

@@ -31,7 +31,12 @@ def status(daemon: Daemon, args: Arguments, now: float) -> Sliced:
         "draining": daemon.draining,
         "socket_dir": str(daemon.socket_dir),
         "num_sessions": len(daemon.attachments),
+        "quarantined_sessions": sum(one.ended for one in daemon.attachments.values()),
+        "quarantine_alarms": daemon.quarantine_alarms,
         "refused": dict(daemon.refused),
+        "refused_access": dict(daemon.refusals.counts),
+        "ignored_connections": daemon.breaches.num_ignored,
+        "ignored_messages": daemon.breaches.num_dropped,
         "pools": pools,
     }
 
@@ -47,6 +52,7 @@ def _pool(pool: Pool) -> Generator[None, None, Result]:
         "device": pool.device,
         "layout": pool.layout.to_wire(),
         "model": pool.model,
+        "survival": pool.memory.survival,
         "page_bytes": pool.layout.page_bytes,
         "num_pages": cache.num_pages,
         "counts": counts,

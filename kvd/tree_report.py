@@ -1,7 +1,8 @@
-"""The radix tree as an admin sees it: shapes, holders and digests, no tokens."""
+"""The radix tree as operators see it: shapes, holders and digests; tokens only where permitted."""
 
 from __future__ import annotations
 
+from array import array
 from itertools import islice
 
 from kvd.arguments import Arguments
@@ -17,12 +18,14 @@ from kvd.report_parts import (
     space_to_wire,
 )
 from kvd_shared.errors import BadRequest
+from kvd_shared.refs import TOKEN_BYTES
 
 NODES_A_SLICE = 50
+SHOWN_TOKENS = 16  # of each node, where they may be shown
 MAX_TREE_NODES = 1_000  # encoding so many takes a millisecond, which is one turn
 
 
-def tree(daemon: Daemon, args: Arguments, now: float) -> Sliced:
+def tree(daemon: Daemon, args: Arguments, now: float, *, show_tokens: bool = False) -> Sliced:
     pool, limit = named_pool(daemon, args), args.number("max_nodes")
     args.done()
     if not 1 <= limit <= MAX_TREE_NODES:
@@ -45,6 +48,9 @@ def tree(daemon: Daemon, args: Arguments, now: float) -> Sliced:
             number = node.id
             hashed += len(node.tokens)
             shown["digest"] = yield from sliced_digest(above, bytes(node.tokens))
+            if show_tokens:
+                first = bytes(node.tokens[: SHOWN_TOKENS * TOKEN_BYTES])
+                shown["first_tokens"] = array("i", first).tolist()
             nodes.append(shown)
             stack += [(child, number, shown["digest"]) for child in below]
             if left % NODES_A_SLICE == 0 or hashed > HASHED_A_SLICE:

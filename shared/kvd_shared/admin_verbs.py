@@ -1,4 +1,5 @@
-"""The operations of role admin; call them as those of `kvd_shared.verbs`."""
+"""The operations of role admin; observers have the reads but `explain`. Call them as those of
+`kvd_shared.verbs`."""
 
 from __future__ import annotations
 
@@ -94,6 +95,12 @@ def retain_prompt(
 def release_prompt(number: int, pool: str | None = None) -> Call[Result]:
     """End what `retain_prompt` began. Raises UnknownHandle."""
     return Call("release_prompt", {"pool": pool, "number": number}, read_map)
+
+
+def kill_session(session: int) -> Call[Result]:
+    """End a session and kill its process (SIGKILL); what it held comes back once it is dead.
+    Raises UnknownHandle, NotAllowed."""
+    return Call("kill_session", {"session": session}, read_map)
 
 
 def _read_pages(r: Result, frames: Frames) -> Result:

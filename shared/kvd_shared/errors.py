@@ -5,6 +5,7 @@ from __future__ import annotations
 from reprlib import Repr
 from typing import Any, ClassVar
 
+MIN_INT, MAX_INT = -(1 << 63), (1 << 64) - 1  # that msgpack has
 _REPR = Repr()
 _REPR.maxstring = _REPR.maxother = 80
 
@@ -66,6 +67,34 @@ class SessionEnded(KvdError):
 
     code = "SESSION_ENDED"
     retryable = True
+
+
+class PoolLost(KvdError):
+    """The memory that the session mapped is not the daemon's any more: it started with an empty
+    pool. Unmap, and attach again."""
+
+    code = "POOL_LOST"
+    retryable = True
+
+
+class Undeclared(KvdError):
+    """The session has resumed, and has not yet said what it holds: that comes first."""
+
+    code = "UNDECLARED"
+
+
+class DeadlineExceeded(KvdError):
+    """The request was taken up when its sender no longer waited. Nothing was done."""
+
+    code = "DEADLINE_EXCEEDED"
+    retryable = True
+
+
+class ReplyGone(KvdError):
+    """A request number that was used before, and whose answer is not kept any more. Nothing was
+    done now; it may have been done then."""
+
+    code = "REPLY_GONE"
 
 
 class NotHeld(KvdError):
@@ -146,7 +175,18 @@ class DaemonTimeout(DaemonUnreachable):
     code = "DAEMON_TIMEOUT"
 
 
-_KINDS: list[type[KvdError]] = [KvdError, *KvdError.__subclasses__(), DaemonTimeout]
+class StaleEpoch(DaemonUnreachable):
+    """The daemon has restarted since this session was with it; nothing was done. Resume. Details:
+    `epoch`, of the request, and `current`."""
+
+    code = "STALE_EPOCH"
+
+
+_KINDS: list[type[KvdError]] = [
+    KvdError,
+    *KvdError.__subclasses__(),
+    *DaemonUnreachable.__subclasses__(),
+]
 _BY_CODE = {kind.code: kind for kind in _KINDS}
 
 
@@ -157,7 +197,14 @@ def brief(value: Any) -> str:
 
 def error_to_wire(error: KvdError) -> dict[str, Any]:
     """The `error` map of a reply."""
-    return {"code": error.code, "message": error.message, "details": error.details}
+    details = {name: _sendable(value) for name, value in error.details.items()}
+    return {"code": error.code, "message": error.message, "details": details}
+
+
+def _sendable(value: Any) -> Any:
+    """msgpack has whole numbers of 64 bits. A peer can ask for more than that of something, and
+    must be told even so."""
+    return max(MIN_INT, min(value, MAX_INT)) if type(value) is int else value
 
 
 def error_from_wire(wire: dict[str, Any]) -> KvdError:

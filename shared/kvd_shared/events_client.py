@@ -12,6 +12,7 @@ with EventsClient("tcp://host:5557", "tcp://host:5558") as client:
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any
 
@@ -23,6 +24,21 @@ SNAPSHOT = b"kvd.snapshot"
 END = b"\xff" * 8
 
 
+@dataclass(frozen=True, slots=True)
+class CurveKeys:
+    """40 characters each (Z85): the publisher's public key, and the client's own pair."""
+
+    server_public: bytes
+    public: bytes
+    secret: bytes = field(repr=False)
+
+    def use(self, socket: zmq.Socket[bytes]) -> None:
+        """Before it connects."""
+        socket.setsockopt(zmq.CURVE_SERVERKEY, self.server_public)
+        socket.setsockopt(zmq.CURVE_PUBLICKEY, self.public)
+        socket.setsockopt(zmq.CURVE_SECRETKEY, self.secret)
+
+
 class EventsClient:
     """Each event is a state of the pages that it names: apply them in order, the same one twice if
     it comes twice, and the whole is the cache's state. Whenever what was missed is not kept any
@@ -32,8 +48,14 @@ class EventsClient:
     """
 
     def __init__(
-        self, endpoint: str, replay_endpoint: str, topic: bytes = b"", answer_timeout_s: float = 5.0
+        self,
+        endpoint: str,
+        replay_endpoint: str,
+        topic: bytes = b"",
+        answer_timeout_s: float = 5.0,
+        keys: CurveKeys | None = None,
     ) -> None:
+        """`keys`: for endpoints that have them; with wrong ones nothing ever comes."""
         self.seq: int | None = None
         self.epoch = ""  # the publisher's, in hexadecimal
         self._answer_timeout_ms = int(answer_timeout_s * 1000)
@@ -41,6 +63,9 @@ class EventsClient:
         self._context = zmq.Context()
         self._live = self._context.socket(zmq.SUB)
         self._live.setsockopt(zmq.RCVHWM, 0)  # what waits here need not be asked for
+        self._keys = keys
+        if keys is not None:
+            keys.use(self._live)
         self._live.subscribe(topic)
         self._live.connect(endpoint)
 
@@ -109,6 +134,8 @@ class EventsClient:
         messages: list[list[bytes]] = []
         with self._context.socket(zmq.DEALER) as replay:  # a new one knows of no older answer
             replay.setsockopt(zmq.LINGER, 0)
+            if self._keys is not None:
+                self._keys.use(replay)
             replay.connect(self._replay_endpoint)
             replay.send_multipart([b"", request])
             while replay.poll(self._answer_timeout_ms):

@@ -2,7 +2,8 @@
 
 One AF_UNIX SEQPACKET connection a session. The client sends one packet, the daemon answers with
 one, to which the pool's fds are attached (SCM_RIGHTS). After that nothing is said: the connection
-stays open for the session's life, and its end of file is the news.
+stays open for the session's life, and its end of file is the news. resume.py has the packet with
+which a session goes on with the next daemon.
 """
 
 from __future__ import annotations
@@ -29,10 +30,10 @@ from kvd_shared.wire import MAX_ATTACH_BYTES, PROTOCOL_VERSION, read_map
 
 LEASE_SOCKET = "lease.sock"
 RPC_SOCKET = "rpc.sock"
-MAX_FDS = 64
+MAX_FDS = 65  # a pool's chunks, and its metadata
 MAX_NAME_CHARACTERS = 64
 MAX_TEXT_CHARACTERS = 256
-ROLES = ("worker", "admin")
+ROLES = ("worker", "admin", "observer")
 GEOMETRY = ("num_layers", "num_kv_heads", "head_dim")
 
 
@@ -59,15 +60,14 @@ class AttachRequest:
         if packet.get("op") != "attach" or set(packet) != names:
             raise BadRequest(f"an attach packet is a map with exactly {sorted(names)}")
         request = cls(**{name: packet[name] for name in cls.__slots__})
-        request._check()
+        request.check()
         return request
 
-    def _check(self) -> None:
+    def check(self) -> None:
         if self.role not in ROLES:
             raise BadRequest(f"role {brief(self.role)}: must be one of {', '.join(ROLES)}")
         _check_text("name", self.name, MAX_NAME_CHARACTERS)
-        if type(self.pid) is not int or self.pid < 1:
-            raise BadRequest(f"pid {brief(self.pid)}: must be a positive number")
+        check_pid(self.pid)
         for field in ("pool", "model"):
             if (value := getattr(self, field)) is not None:
                 _check_text(field, value, MAX_TEXT_CHARACTERS)
@@ -80,6 +80,11 @@ class AttachRequest:
             raise BadRequest(
                 f"geometry {brief(geometry)}: must be nil or a map of numbers {GEOMETRY}"
             )
+
+
+def check_pid(pid: Any) -> None:
+    if type(pid) is not int or pid < 1:
+        raise BadRequest(f"pid {brief(pid)}: must be a positive number")
 
 
 def _check_text(field: str, value: Any, longest: int) -> None:
@@ -111,33 +116,74 @@ class PoolOffer:
 
 
 @dataclass(frozen=True, slots=True)
+class FenceOffer:
+    """Where a worker sees that it must stop: the session may go on while the 8 bytes at `offset` of
+    the metadata, as a native number, are `live_word`."""
+
+    offset: int
+    live_word: int
+
+    def to_wire(self) -> dict[str, int]:
+        return {"offset": self.offset, "live_word": self.live_word}
+
+    @classmethod
+    def from_wire(cls, wire: dict[str, int]) -> FenceOffer:
+        return cls(**wire)
+
+
+@dataclass(frozen=True, slots=True)
 class Attached:
-    """An accepted attach, on the client's side. The fds are the caller's to close."""
+    """An accepted attach, on the client's side. The fds are the caller's to close: the pool's
+    chunks, and behind them the metadata's if there is a fence."""
 
     connection: socket.socket
     session: int
     token: bytes
+    epoch: int
     pool: PoolOffer | None
+    fence: FenceOffer | None
     fds: list[int]
 
 
 def attach(socket_dir: Path, request: AttachRequest, timeout_s: float) -> Attached:
     """Connect and attach. Raises DaemonUnreachable, or the error that the daemon answers."""
+    connection, answer, fds = exchange(socket_dir, request.to_wire(), timeout_s)
+    try:
+        return Attached(
+            connection,
+            answer["session"],
+            answer["token"],
+            answer["epoch"],
+            PoolOffer.from_wire(answer["pool"]) if answer["pool"] is not None else None,
+            FenceOffer.from_wire(answer["fence"]) if answer["fence"] is not None else None,
+            fds,
+        )
+    except (KeyError, TypeError) as e:
+        _close(connection, fds)
+        raise BadRequest(
+            f"the daemon's answer in {socket_dir} is not that of an attach: {e}"
+        ) from e
+
+
+def exchange(
+    socket_dir: Path, packet: bytes, timeout_s: float
+) -> tuple[socket.socket, dict[str, Any], list[int]]:
+    """Connect, and send the one packet that is sent: the connection, which is the session's from
+    now on, the answer and the fds that came with it. Raises DaemonUnreachable, or the error that
+    the daemon answers."""
     path = socket_dir / LEASE_SOCKET
     connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_CLOEXEC)
     fds: list[int] = []
     try:
         connection.settimeout(timeout_s)
         connection.connect(os.fspath(path))
-        connection.send(request.to_wire())
+        connection.send(packet)
         raw, fds, flags, _ = socket.recv_fds(
             connection, MAX_ATTACH_BYTES, MAX_FDS, socket.MSG_CMSG_CLOEXEC
         )
-        return _read_answer(path, connection, raw, list(fds), flags)
+        return connection, _read_answer(path, raw, flags), list(fds)
     except BaseException as e:
-        connection.close()
-        for fd in fds:
-            os.close(fd)
+        _close(connection, fds)
         if isinstance(e, TimeoutError):
             raise DaemonTimeout(f"the daemon at {path} did not answer within {timeout_s} s") from e
         if isinstance(e, OSError):
@@ -145,9 +191,20 @@ def attach(socket_dir: Path, request: AttachRequest, timeout_s: float) -> Attach
         raise
 
 
-def _read_answer(
-    path: Path, connection: socket.socket, raw: bytes, fds: list[int], flags: int
-) -> Attached:
+def is_served(socket_dir: Path) -> bool:
+    """Whether a daemon listens there now."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_CLOEXEC) as connection:
+        connection.setblocking(False)
+        return connection.connect_ex(os.fspath(socket_dir / LEASE_SOCKET)) == 0
+
+
+def _close(connection: socket.socket, fds: list[int]) -> None:
+    connection.close()
+    for fd in fds:
+        os.close(fd)
+
+
+def _read_answer(path: Path, raw: bytes, flags: int) -> dict[str, Any]:
     if not raw:
         raise DaemonUnreachable(f"the daemon at {path} closed the connection unanswered")
     if flags & (socket.MSG_TRUNC | socket.MSG_CTRUNC):
@@ -155,17 +212,23 @@ def _read_answer(
     reply = read_map(raw)
     if "error" in reply:
         raise error_from_wire(reply["error"])
-    try:
-        offer = PoolOffer.from_wire(reply["pool"]) if reply["pool"] is not None else None
-        return Attached(connection, reply["session"], reply["token"], offer, fds)
-    except (KeyError, TypeError) as e:
-        raise BadRequest(f"the daemon's answer at {path} is not that of an attach: {e}") from e
+    return reply
 
 
-def accepted(session: int, token: bytes, pool: PoolOffer | None) -> bytes:
+def accepted(
+    session: int, token: bytes, epoch: int, pool: PoolOffer | None, fence: FenceOffer | None
+) -> bytes:
     """The daemon's answer to an attach."""
-    offer = pool.to_wire() if pool is not None else None
-    return msgpack.packb({"v": PROTOCOL_VERSION, "session": session, "token": token, "pool": offer})
+    return msgpack.packb(
+        {
+            "v": PROTOCOL_VERSION,
+            "session": session,
+            "token": token,
+            "epoch": epoch,
+            "pool": pool.to_wire() if pool is not None else None,
+            "fence": fence.to_wire() if fence is not None else None,
+        }
+    )
 
 
 def peer_credentials(connection: socket.socket) -> tuple[int, int, int]:

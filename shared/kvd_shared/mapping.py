@@ -82,6 +82,15 @@ class PoolMapping:
             _libc.munmap(self.write_address, reserved)
 
 
+def map_read_only(fd: int, offset: int, num_bytes: int) -> int:
+    """The address of a part of another memory than the pool's; whole pages. `unmap` it."""
+    return _mmap(None, num_bytes, mmap.PROT_READ, mmap.MAP_SHARED, fd, offset)
+
+
+def unmap(address: int, num_bytes: int) -> None:
+    _libc.munmap(address, num_bytes)
+
+
 def _check(fds: Sequence[int], chunk_bytes: Sequence[int], total: int) -> None:
     if len(fds) != len(chunk_bytes) or not fds:
         raise BadPoolMemory(f"{len(fds)} fds came for {len(chunk_bytes)} chunks")
@@ -123,8 +132,8 @@ def _map_chunks(fds: Sequence[int], chunk_bytes: Sequence[int], prot: int) -> in
     return base
 
 
-def _mmap(address: int | None, size: int, prot: int, flags: int, fd: int) -> int:
-    result = _libc.mmap(address, size, prot, flags, fd, 0)
+def _mmap(address: int | None, size: int, prot: int, flags: int, fd: int, offset: int = 0) -> int:
+    result = _libc.mmap(address, size, prot, flags, fd, offset)
     if result is None or result == _MAP_FAILED:
         raise _os_error("mmap", size)
     return int(result)

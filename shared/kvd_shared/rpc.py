@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from kvd_shared.calls import Call
@@ -12,15 +11,29 @@ from kvd_shared.wire import PROTOCOL_VERSION, Frames, FrameWriter, read_header
 T = TypeVar("T")
 
 
-@dataclass(frozen=True, slots=True)
 class Notice:
     """What the daemon says unasked. `yield`: the named sequence is asked to give its pages back
     and queue again. To a request that waits for what another computes: `progress`, its first
     `tokens` are cached now; `ready`, all that it waits for is; `ended`, no more will come."""
 
-    kind: str
-    request: int
-    tokens: int = 0
+    __slots__ = ("kind", "request", "tokens")
+
+    def __init__(self, kind: str, request: int, tokens: int = 0) -> None:
+        self.kind = kind
+        self.request = request
+        self.tokens = tokens
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Notice):
+            return NotImplemented
+        mine = (self.kind, self.request, self.tokens)
+        return mine == (other.kind, other.request, other.tokens)
+
+    def __hash__(self) -> int:
+        return hash((self.kind, self.request, self.tokens))
+
+    def __repr__(self) -> str:
+        return f"Notice({self.kind!r}, {self.request}, {self.tokens})"
 
 
 class Reply:
@@ -35,20 +48,36 @@ class Reply:
 
 
 class RpcCodec:
-    """Numbers and encodes calls, decodes what comes back."""
+    """Numbers and encodes calls, decodes what comes back. A number is used for one request only,
+    for as long as the session lives, in all its epochs."""
 
-    def __init__(self, token: bytes) -> None:
+    def __init__(self, token: bytes, epoch: int = 1) -> None:
+        self.epoch = epoch
         self._token = token
         self._seq = 0
 
-    def request(self, call: Call[Any]) -> tuple[int, list[bytes]]:
-        """The call's number and its frames. Raises TooLarge before anything is sent."""
+    def request(
+        self, call: Call[Any], deadline_ms: int = 0, seq: int | None = None
+    ) -> tuple[int, list[bytes]]:
+        """The call's number and its frames. Raises TooLarge before anything is sent.
+
+        `deadline_ms`: CLOCK_MONOTONIC; behind it the request is not to be begun; 0: none. `seq`: of
+        this very request, which is sent once more.
+        """
         writer = FrameWriter()
-        body = call.to_wire(writer)
-        header = {"v": PROTOCOL_VERSION, "session": self._token, "seq": self._seq + 1, **body}
+        number = self._seq + 1 if seq is None else seq
+        header = {
+            "v": PROTOCOL_VERSION,
+            "epoch": self.epoch,
+            "session": self._token,
+            "seq": number,
+            "deadline_ms": deadline_ms,
+            **call.to_wire(writer),
+        }
         frames = writer.message(header)
-        self._seq += 1
-        return self._seq, frames
+        if seq is None:
+            self._seq = number
+        return number, frames
 
     def incoming(self, frames: Frames) -> Reply | Notice:
         """What a message from the daemon is. Raises BadRequest if it is neither."""

@@ -16,6 +16,7 @@ from kvd_shared.admin_verbs import (
     evict,
     explain,
     flush,
+    kill_session,
     pages,
     raise_weights_version,
     release_prompt,
@@ -54,6 +55,7 @@ __all__ = [  # besides the operations of role worker, which are defined here
     "evict",
     "explain",
     "flush",
+    "kill_session",
     "pages",
     "raise_weights_version",
     "release_prompt",
@@ -66,6 +68,7 @@ __all__ = [  # besides the operations of role worker, which are defined here
 ]
 
 MAX_CALLS_A_STEP = 4096
+MAX_DECLARED = 4096  # pages in one declare
 
 
 # --- pages and prompts
@@ -295,6 +298,18 @@ def step(calls: Sequence[Call[Any]]) -> Call[list[Any]]:
 def detach() -> Call[None]:
     """The session unmaps the pool and is over; all that it held comes back at once."""
     return Call("detach", {}, read_nothing)
+
+
+def declare(refs: npt.ArrayLike, counts: npt.ArrayLike, done: bool = True) -> Call[PageRefs]:
+    """Of a session that has resumed: it holds these pages, so often each; nothing else may be asked
+    before `done`. At most MAX_DECLARED pages a call. Returns those that it cannot have; see
+    KvdClient.resume, which sends this."""
+
+    def read(r: Result, frames: Frames) -> PageRefs:
+        return read_refs(r, frames, "refused")
+
+    args = {"refs": ref_bytes(refs), "counts": token_bytes(counts), "done": done}
+    return Call("declare", args, read)
 
 
 def _read_match(r: Result, frames: Frames) -> MatchResult:

@@ -106,5 +106,6 @@ def read_map(raw: bytes) -> dict[str, Any]:
     return header
 
 
-def error_reply(seq: int, error: KvdError) -> list[bytes]:
-    return [msgpack.packb({"v": PROTOCOL_VERSION, "seq": seq, "error": error_to_wire(error)})]
+def error_reply(epoch: int, seq: int, error: KvdError) -> list[bytes]:
+    header = {"v": PROTOCOL_VERSION, "epoch": epoch, "seq": seq, "error": error_to_wire(error)}
+    return [msgpack.packb(header)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import socket
 from collections.abc import Iterator
@@ -30,6 +31,7 @@ SPACE = NAMESPACE.to_wire()
 GEOMETRY = {"num_layers": 1, "num_kv_heads": 1, "head_dim": 8}
 TOKENS = np.arange(32, dtype="<i4").tobytes()
 REPLY_TIMEOUT_MS = 5000
+_SEQS = itertools.count(5)
 DEEP = b"\x91" * 5000 + b"\xc0"  # lists in lists
 
 
@@ -44,6 +46,7 @@ class Scene:
     request: int
     worker_token: bytes
     admin_token: bytes
+    asked: int = 0  # number of the last request of `ask`
 
     def nothing_changes(self) -> AbstractContextManager[None]:
         return nothing_changes(self.daemon, self.admin)
@@ -103,9 +106,21 @@ def answer_to(scene: Scene, frames: list[bytes]) -> dict[str, Any]:
 
 def ask(scene: Scene, op: Any, args: Any, *frames: bytes, **header: Any) -> dict[str, Any]:
     """The answer to a request that is right except for what is given."""
-    right = {"v": 1, "session": scene.worker_token, "seq": 5, "op": op, "args": args}
-    fields = {k: v for k, v in (right | header).items() if v is not ...}
+    right = {"v": 1, "epoch": 1, "session": scene.worker_token, "deadline_ms": 0}
+    right |= {"op": op, "args": args} | header
+    scene.asked = new_seq(scene, right["session"])
+    right = {"seq": scene.asked} | right
+    fields = {k: v for k, v in right.items() if v is not ...}
     return answer_to(scene, [msgpack.packb(fields), *frames])
+
+
+def new_seq(scene: Scene, token: Any) -> int:
+    """A number that the session's own client will not use, if it is one of the scene's."""
+    for client in (scene.worker, scene.admin):
+        if client._codec._token == token:
+            client._codec._seq += 1
+            return client._codec._seq
+    return next(_SEQS)
 
 
 def ref_bytes(*refs: int) -> bytes:

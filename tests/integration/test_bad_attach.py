@@ -16,6 +16,7 @@ import msgpack
 import pytest
 
 from kvd.daemon import Daemon
+from kvd.process import Process
 from kvd_shared.errors import LayoutMismatch, NotAllowed
 from kvd_shared.lease import AttachRequest, attach
 from kvd_shared.wire import MAX_ATTACH_BYTES
@@ -119,7 +120,7 @@ def test_the_model_mismatch_names_both() -> None:
     daemon = Daemon([pool], Path("/none"), 0.0)
     request = AttachRequest(role="worker", name="bad", pid=7, model="my-fingerprint")
     with pytest.raises(LayoutMismatch, match="my-fingerprint is not that of pool 'p', thei") as e:
-        daemon.attach(request, 7, 0, 0.0)
+        daemon.attach(request, Process(pid=7, uid=0, gid=0), 0.0)
     assert e.value.details == {"worker": "my-fingerprint", "pool": "their-fingerprint"}
     assert daemon.attachments == {}
     pool.memory.close()
@@ -187,5 +188,6 @@ def test_a_client_in_another_pid_namespace_is_refused(scene: Scene) -> None:
 def test_a_client_that_the_kernel_does_not_show_is_refused() -> None:
     """The daemon itself runs in a PID namespace below the client's."""
     daemon = Daemon([], Path("/none"), 0.0)
+    request = AttachRequest(role="admin", name="above", pid=7)
     with pytest.raises(NotAllowed, match="the kernel shows no pid at all"):
-        daemon.attach(AttachRequest(role="admin", name="above", pid=7), 0, 0, 0.0)
+        daemon.attach(request, Process(pid=0, uid=0, gid=0), 0.0)

@@ -47,6 +47,16 @@ BAD_REQUESTS: dict[str, Case] = {
     "no args": ("allocate", ..., {}, "BAD_REQUEST", HEADER),
     "a field more": ("allocate", ALLOCATE, {"extra": 1}, "BAD_REQUEST", HEADER),
     "another version": ("allocate", ALLOCATE, {"v": 2}, "PROTOCOL_MISMATCH", "version 2"),
+    "no epoch": ("allocate", ALLOCATE, {"epoch": ...}, "BAD_REQUEST", HEADER),
+    "a text as epoch": ("allocate", ALLOCATE, {"epoch": "1"}, "BAD_REQUEST", HEADER),
+    "epoch true": ("allocate", ALLOCATE, {"epoch": True}, "BAD_REQUEST", HEADER),
+    "an old epoch": ("allocate", ALLOCATE, {"epoch": 0}, "STALE_EPOCH", "epoch 0; this session is"),
+    "an epoch to come": ("allocate", ALLOCATE, {"epoch": 2}, "STALE_EPOCH", "is in 1: resume"),
+    "no deadline": ("allocate", ALLOCATE, {"deadline_ms": ...}, "BAD_REQUEST", HEADER),
+    "a deadline of nil": ("allocate", ALLOCATE, {"deadline_ms": None}, "BAD_REQUEST", "deadline"),
+    "deadline 1.5": ("allocate", ALLOCATE, {"deadline_ms": 1.5}, "BAD_REQUEST", "deadline_ms 1.5"),
+    "deadline -1": ("allocate", ALLOCATE, {"deadline_ms": -1}, "BAD_REQUEST", "deadline_ms -1"),
+    "a past deadline": ("allocate", ALLOCATE, {"deadline_ms": 1}, "DEADLINE_EXCEEDED", "after its"),
     # the session
     "no session": ("allocate", ALLOCATE, {"session": None}, "SESSION_ENDED", "attach again"),
     "an unknown token": ("allocate", ALLOCATE, {"session": b"t" * TOKEN_LENGTH}, "SESSION_ENDED",
@@ -159,6 +169,8 @@ BAD_REQUESTS: dict[str, Case] = {
     "a worker's status": ("status", {}, {}, "NOT_ALLOWED", "status needs role admin"),
     "a worker's flush": ("flush", {}, {}, "NOT_ALLOWED", "flush needs role admin"),
     "a worker's tree": ("tree", {"pool": None, "max_nodes": 1}, {}, "NOT_ALLOWED", "role admin"),
+    "declaring unasked": ("declare", {"refs": b"", "counts": b"", "done": True}, {}, "BAD_REQUEST",
+                          "is not resuming"),
     # steps
     "a map as calls": ("step", {"calls": {}}, {}, "BAD_REQUEST", "step: calls must be a list"),
     "too many calls": ("step", {"calls": [1] * 4097}, {}, "BAD_REQUEST", "at most 4096"),
@@ -176,8 +188,8 @@ def test_a_bad_request_is_refused(scene: Scene, case: str) -> None:
     assert reply["error"]["code"] == code
     assert message in reply["error"]["message"]
     assert len(msgpack.packb(reply)) < 1000
-    has_number = type(header.get("seq", 5)) is int and header.get("seq", 5) > 0
-    assert reply["seq"] == (5 if has_number and "v" not in header else 0)
+    unread = "seq" in header or "v" in header
+    assert (reply["epoch"], reply["seq"]) == (1, 0 if unread else scene.asked)
 
 
 def test_page_references_that_are_none_are_refused(scene: Scene) -> None:

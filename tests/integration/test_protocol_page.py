@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import inspect
+import os
 import re
+import signal
+import subprocess
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -17,29 +20,38 @@ import pytest
 from kvd import arguments, explain, operations
 from kvd.admin import explain as said
 from kvd.announcements import MAX_WAITERS
+from kvd.behind import MAX_WAITING, MAX_WAITING_BYTES
+from kvd.breaches import BURST, ERRORS_PER_S
 from kvd.cache import MAX_FORKS, CacheManager
 from kvd.chores import MAX_JOBS
+from kvd.config import DaemonConfig
 from kvd.daemon import MAX_SESSIONS, Attachment, Daemon, Pool
 from kvd.departures import REASONS, REMEMBERED
 from kvd.dispatch import FOR_ADMINS, perform
 from kvd.handover import MAX_TICKETS, MAX_TTL_S
 from kvd.lease_server import HANDSHAKE_TIMEOUT_S
 from kvd.matching import MAX_BEGUN_AT_ONCE
+from kvd.metadata import Geometry, create_metadata, open_metadata
 from kvd.operations import OPERATIONS
 from kvd.operator_retains import MAX_RETAINS
 from kvd.options import Limits
 from kvd.page_pool import MAX_CHUNKS, MemfdPool
+from kvd.process import Process, start_ticks
+from kvd.recovery import MAX_HOLDS, recover
+from kvd.reply_window import WINDOW, WINDOW_BYTES
 from kvd.results import STOPS
-from kvd.rpc_server import MAX_WAITING, RpcServer
+from kvd.resume import admitted, reopen, resume
+from kvd.rpc_server import MAX_MESSAGE_BYTES, RpcServer
 from kvd.sequences import MAX_AHEAD
 from kvd.tree_report import MAX_TREE_NODES
 from kvd.versions import MAX_MODELS
 from kvd_shared import errors, lease, namespace, verbs, wire
 from kvd_shared.errors import KvdError
 from kvd_shared.layout import PoolLayout
-from kvd_shared.lease import AttachRequest, PoolOffer
+from kvd_shared.lease import AttachRequest, FenceOffer, PoolOffer
 from kvd_shared.namespace import Namespace
 from kvd_shared.page_state import PageState
+from kvd_shared.resume import ResumeRequest, resumed
 from kvd_shared.rpc import Reply, RpcCodec, read_reply
 from tests.daemon import running_daemon
 
@@ -71,7 +83,7 @@ def optional(cell: str) -> set[str]:
 
 
 WORKER = table("## Operations of role worker")
-ADMIN = table("Reads change nothing:") | table("Changes never touch what")
+ADMIN = table("Reads change nothing,") | table("Changes never touch what")
 
 
 @pytest.fixture
@@ -84,7 +96,9 @@ def daemon(tmp_path: Path) -> Iterator[Daemon]:
 
 
 def attach(daemon: Daemon, role: str) -> Attachment:
-    return daemon.attach(AttachRequest(role=role, name=role, pid=1), 1, 0, 0.0)
+    return daemon.attach(
+        AttachRequest(role=role, name=role, pid=1), Process(pid=1, uid=0, gid=0), 0.0
+    )
 
 
 def ask(daemon: Daemon, asking: Attachment, op: str, args: dict[str, Any]) -> dict[str, Any]:
@@ -111,7 +125,7 @@ async def test_the_reply_is_what_the_daemon_answers(
     used = ask(daemon, worker, "allocate", {"num_pages": 3})["refs"]
     ask(daemon, worker, "free", {"refs": used})
     server = RpcServer(daemon, tmp_path, asyncio.get_running_loop())
-    assert server._answer(b"route", 1, [block("request")]) == [block("reply")]
+    assert server._answer(b"route", (1, 0), [block("request")]) == [block("reply")]
     server.close()
 
 
@@ -134,7 +148,7 @@ def built(op: str) -> dict[str, Any]:
 
 
 def test_every_operation_is_described() -> None:
-    assert WORKER.keys() == OPERATIONS.keys() | {"step", "detach"}
+    assert WORKER.keys() == OPERATIONS.keys() | {"step", "detach", "declare"}
     assert ADMIN.keys() == FOR_ADMINS.keys()
 
 
@@ -155,7 +169,7 @@ def test_the_arguments_are_those_described(op: str, daemon: Daemon) -> None:
             ask(daemon, asking, op, less)
 
 
-def test_the_results_are_those_described(daemon: Daemon) -> None:
+def test_the_results_are_those_described(daemon: Daemon, tmp_path: Path) -> None:
     """Each operation once, in a story that none of them refuses."""
     worker, admin = attach(daemon, "worker"), attach(daemon, "admin")
     as_match = names(WORKER["match"][1])
@@ -208,8 +222,38 @@ def test_the_results_are_those_described(daemon: Daemon) -> None:
     do("release_prompt", number=number)
     do("flush")
     do("raise_weights_version", version=1)
+    victim = subprocess.Popen(["sleep", "60"])
+    process = Process(pid=victim.pid, uid=0, gid=0, pidfd=os.pidfd_open(victim.pid))
+    request_to_attach = AttachRequest(role="worker", name="victim", pid=victim.pid)
+    do("kill_session", session=daemon.attach(request_to_attach, process, 0.0).id)
+    assert victim.wait() == -signal.SIGKILL
+    process.close()
     do("detach")
+    assert ask_resumed(tmp_path) == names(WORKER["declare"][1])
+    told.add("declare")
     assert told == {*WORKER, *ADMIN}
+
+
+def ask_resumed(folder: Path) -> set[str]:
+    """What a session is answered that declares nothing, behind a restart."""
+    layout = PoolLayout(num_layers=1, num_kv_heads=1, head_dim=1, page_size=8, dtype="float32")
+    geometry, kept = Geometry(num_pages=4, page_size=8), "0" * 16
+    meta = create_metadata(geometry, kept)
+    me = Process(pid=os.getpid(), uid=os.geteuid(), gid=0, start_ticks=start_ticks(os.getpid()))
+    request = AttachRequest(role="worker", name="w", pid=me.pid)
+    pool = Pool("p", "cpu", MemfdPool(layout, 4), None, CacheManager(4, 8, meta=meta), kept)
+    token = Daemon([pool], folder, 0.0).attach(request, me, 0.0).token
+    meta = open_metadata(os.dup(meta.fd), geometry)
+    cache = CacheManager(4, 8, meta=meta)
+    pool = Pool("p", "cpu", pool.memory, None, cache, kept, recover(cache, 0.0))
+    daemon = Daemon([pool], folder, 0.0)
+    reopen(daemon, 0.0, 5.0)
+    attachment = admitted(daemon, ResumeRequest(token=token, epoch=1, pool_id=kept, pid=me.pid), me)
+    resume(daemon, attachment, token, 0.0)
+    result = ask(daemon, attachment, "declare", {"refs": b"", "counts": b"", "done": True})
+    attachment.process.close()
+    pool.memory.close()
+    return set(result)
 
 
 def ints(values: Iterable[int]) -> bytes:
@@ -263,9 +307,15 @@ def test_every_error_is_described() -> None:
 def test_the_attach_packets_are_described() -> None:
     request = msgpack.unpackb(AttachRequest(role="worker", name="w", pid=1).to_wire())
     assert table("## Attaching").keys() == request.keys()
-    reply = msgpack.unpackb(lease.accepted(1, b"t", None))
+    reply = msgpack.unpackb(lease.accepted(1, b"t", 1, None, None))
     assert table("The answer is one packet").keys() == reply.keys()
-    assert table("| `pool` | map or nil | nil for").keys() == set(PoolOffer.__slots__)
+    fence = FenceOffer(8, 1).to_wire()
+    assert fence.keys() <= names(PAGE[PAGE.index("### The fence") :][:200])
+    again = ResumeRequest(token=bytes(16), epoch=1, pool_id="0" * 16, pid=1)
+    assert table("### Resuming").keys() == msgpack.unpackb(again.to_wire()).keys()
+    reply = msgpack.unpackb(resumed(1, 1, "0" * 16))
+    assert table("| field of the answer | type").keys() == reply.keys()
+    assert table("| field of `pool` | type").keys() == set(PoolOffer.__slots__)
 
 
 def test_the_limits_are_described() -> None:
@@ -274,6 +324,15 @@ def test_the_limits_are_described() -> None:
     for limit in (
         f"attach packet | {wire.MAX_ATTACH_BYTES >> 10} KiB",
         f"header or raw | {wire.MAX_FRAME_BYTES >> 20} MiB",
+        f"a message together | {MAX_MESSAGE_BYTES >> 20} MiB |",
+        f"room for {lease.MAX_FDS}, and check",
+        f"in one `declare`; holds on one of them | {verbs.MAX_DECLARED:,}; {MAX_HOLDS:,} |",
+        f"at most {verbs.MAX_DECLARED:,} in one call) and how many holds",
+        f"kept of a session | {WINDOW}, of {WINDOW_BYTES >> 10} KiB together",
+        f"the last {WINDOW} answers of a session, if they are {WINDOW_BYTES >> 10} KiB",
+        f"of a connection | {BURST:,} at once, {ERRORS_PER_S:.0f} a second",
+        f"nobody's token ({BURST:,} at once, or {ERRORS_PER_S:.0f} a second",
+        f"`daemon.resume_grace_s` ({DaemonConfig(socket_dir=Path()).resume_grace_s:.0f} s)",
         f"calls in a step | {verbs.MAX_CALLS_A_STEP:,}",
         f"| {arguments.MAX_ARRAY_BYTES >> 20} MiB | `TOO_LARGE`; in a step",
         f"handles of `close_sequences` | {operations.MAX_ROWS:,}",
@@ -288,7 +347,8 @@ def test_the_limits_are_described() -> None:
         f"operators retain | {MAX_RETAINS:,} |",
         f"version of their own | {MAX_MODELS:,} |",
         f"| `max_nodes` | 1 to {MAX_TREE_NODES:,} |",
-        f"has {MAX_JOBS} long requests under way, or {MAX_WAITING:,} messages",
+        f"has {MAX_JOBS} long requests under way, or {MAX_WAITING:,} messages or "
+        f"{MAX_WAITING_BYTES >> 20} MiB of the same peer",
         f"the last {REMEMBERED:,} departures",
         f"| 1 to {MAX_BEGUN_AT_ONCE:,} |",
         f"arrays from {wire.INLINE_BYTES:,} bytes on",

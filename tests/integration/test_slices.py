@@ -18,6 +18,7 @@ from kvd.daemon import Attachment, Daemon, Pool
 from kvd.dispatch import perform
 from kvd.page_map import page_counts, page_states
 from kvd.page_pool import MemfdPool
+from kvd.process import Process
 from kvd.rpc_server import RpcServer
 from kvd_shared import verbs
 from kvd_shared.client import KvdClient
@@ -40,7 +41,9 @@ NAMESPACES = 1000
 
 
 def attach(daemon: Daemon, role: str, name: str) -> Attachment:
-    return daemon.attach(AttachRequest(role=role, name=name, pid=1), 1, 0, 0.0)
+    return daemon.attach(
+        AttachRequest(role=role, name=name, pid=1), Process(pid=1, uid=0, gid=0), 0.0
+    )
 
 
 @pytest.fixture
@@ -64,7 +67,7 @@ def large(tmp_path: Path) -> Iterator[tuple[Daemon, CacheManager]]:
         space = Namespace(model="n", salt=number.to_bytes(2, "little"))
         refs = cache.allocate(alive.session, 1, None, 0.0)
         cache.publish(alive.session, space, bytes(4 * PAGE), refs, None, 0.0)
-    daemon.end(over)
+    daemon.end_session(over, "hung_up", 0.0)
     yield daemon, cache
     pool.memory.close()
 
@@ -206,10 +209,10 @@ async def test_others_are_answered_meanwhile_and_the_asker_in_order(
     admin = attach(daemon, "admin", "admin")
     worker = next(a for a in daemon.attachments.values() if a.name == "alive")
     reports, pings = RpcCodec(admin.token), RpcCodec(worker.token)
-    server._handle(b"admin", 1, reports.request(LONG_REQUESTS[op])[1])
-    server._handle(b"admin", 1, reports.request(verbs.sessions())[1])
+    server._handle(b"admin", (1, 0), reports.request(LONG_REQUESTS[op])[1])
+    server._handle(b"admin", (1, 0), reports.request(verbs.sessions())[1])
     for _ in range(3):
-        server._handle(b"worker", 1, pings.request(verbs.probe(SPACE, [1]))[1])
+        server._handle(b"worker", (1, 0), pings.request(verbs.probe(SPACE, [1]))[1])
     while len(server.sent) < 5:
         server._chores._run()
     assert [route for route, _ in server.sent] == [b"worker"] * 3 + [b"admin"] * 2
@@ -226,7 +229,7 @@ async def test_so_many_long_requests_at_once_and_no_more(
     codec = RpcCodec(attach(daemon, "admin", "admin").token)
     routes = [b"%d" % number for number in range(MAX_JOBS + 1)]
     for route in routes:
-        server._handle(route, 1, codec.request(verbs.pages())[1])
+        server._handle(route, (1, 0), codec.request(verbs.pages())[1])
     [(refused, header)] = server.sent
     assert (refused, header["error"]["code"]) == (routes[-1], "BUSY")
     while len(server.sent) < len(routes):
@@ -237,10 +240,13 @@ async def test_so_many_long_requests_at_once_and_no_more(
 
 async def test_the_reply_to_the_largest_step_can_be_sent(tmp_path: Path) -> None:
     """What it tells of has been done, so it must not be refused for its size."""
-    server = RpcServer(Daemon([], tmp_path, 0.0), tmp_path, asyncio.get_running_loop())
+    daemon = Daemon([], tmp_path, 0.0)
+    server = RpcServer(daemon, tmp_path, asyncio.get_running_loop())
     columns = [f"column {number}" for number in range(7)]
     entry = {"result": dict.fromkeys(columns, bytes(INLINE_BYTES - 1))}
-    frames = server._reply(1, {"results": [entry] * verbs.MAX_CALLS_A_STEP})
+    frames = server._reply(
+        attach(daemon, "admin", "a"), 1, {"results": [entry] * verbs.MAX_CALLS_A_STEP}
+    )
     assert max(map(len, frames)) < MAX_FRAME_BYTES
     results = msgpack.unpackb(frames[0])["result"]["results"]
     for result in (results[0], results[-1]):
