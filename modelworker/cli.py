@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import signal
 import sys
@@ -87,6 +88,8 @@ def _add_serve(parser: argparse.ArgumentParser) -> None:
     add("--max-queued", type=_positive, default=1024, metavar="N", help="sequences that may wait")
     add("--no-wait", action="store_true", help="compute what another worker is computing, too")
     add("--weights-version", type=_version, default=0, metavar="N", help="raised with each update")
+    add("--lease-ahead", type=_seconds, default=2.0, metavar="S", help="decode so long without kvd")
+    add("--kvd-outage-s", type=_seconds, default=60.0, metavar="S", help="requests wait for kvd")
     add("--drain-timeout", type=float, default=30.0, metavar="S", help="after SIGTERM, seconds")
     add("--log-level", default="info", choices=["debug", "info", "warning", "error"])
     add("--log-format", default="auto", choices=["auto", "json", "console"])
@@ -133,11 +136,13 @@ def _serve(args: argparse.Namespace) -> int:
             max_model_len=args.max_model_len,
             max_queued=args.max_queued,
             drain_timeout_s=args.drain_timeout,
+            kvd_outage_s=args.kvd_outage_s,
             weights_version=args.weights_version,
             limits=Limits(
                 max_batch_tokens=args.max_batch_tokens,
                 max_sequences=args.max_seqs,
                 waits=not args.no_wait,
+                lease_ahead_s=args.lease_ahead,
             ),
         )
     )
@@ -204,6 +209,13 @@ def _positive(text: str) -> int:
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"{value}: must be at least 1")
+    return value
+
+
+def _seconds(text: str) -> float:
+    value = float(text)
+    if not 0 <= value < math.inf:
+        raise argparse.ArgumentTypeError(f"{value}: must be at least 0")
     return value
 
 

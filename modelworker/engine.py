@@ -5,135 +5,123 @@ One thread runs `run`; `submit`, `cancel`, `health` and `stop` may be called fro
 
 from __future__ import annotations
 
-import threading
 import time
-from collections import deque
-from contextlib import suppress
-from dataclasses import dataclass
-from queue import Empty, SimpleQueue
+from collections.abc import Callable
+from typing import Any
 
 import structlog
-import torch
 
+from kvd_shared.calls import Call
 from kvd_shared.errors import (
     BadRequest,
     DaemonUnreachable,
     Draining,
     KvdError,
+    PoolLost,
     SessionEnded,
 )
-from kvd_shared.namespace import Namespace
 from modelworker.attachment import Attach, Attachment
-from modelworker.detokenize import IncrementalText
-from modelworker.pace import PrefillPace
-from modelworker.requests import (
-    BadLogits,
-    Delta,
-    Emit,
-    Failed,
-    Finished,
-    FinishReason,
-    GenerationRequest,
-    QueueFull,
-    RequestTooLong,
-)
-from modelworker.sampler import new_generator, sample
-from modelworker.scheduler import Chunk, Limits, Scheduler
+from modelworker.engine_options import EngineOptions
+from modelworker.intake import Intake
+from modelworker.outage import RETRY_S, Outage
+from modelworker.requests import Emit, Failed, GenerationRequest, QueueFull, RequestTooLong
+from modelworker.resuming import resume
 from modelworker.sequence import Sequence
-from modelworker.step_calls import StepCalls
 from modelworker.tokenizer import Tokenizer
+from modelworker.work import Work
 
 IDLE_WAIT_S = 0.5  # between looks at whether the daemon still lives
 STARVED_WAIT_S = 0.003  # before asking again for pages that others have
-REATTACH_WAIT_S = 0.1
-BAD_LOGITS = (
-    "the model computed NaN or infinity for this prompt: are its weights whole, and is the pool's "
-    "kv_dtype wide enough for it?"
-)
+CALL_TIMEOUT_S = 2.0  # a daemon that is silent for so long is treated as if it was away
+ASK_AGAIN_S = 0.05  # for its answer, from then on
+MOST_STRIKES = 3  # sessions that a request may lose to what looks like a bug
 
 log = structlog.get_logger()
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class EngineOptions:
-    """`max_queued`: sequences that may wait to be admitted; a request of more is refused, unless
-    none waits."""
-
-    model: str  # for the namespace: fingerprint, and the dtype that K and V are computed in
-    context_len: int
-    vocab_size: int  # the model's; a tokenizer may know more ids than the model has rows for
-    limits: Limits
-    drain_timeout_s: float = 30.0  # after `stop`, for what was accepted
-    max_queued: int = 1024
-    weights_version: int = 0
-
-
 class WorkerEngine:
     """Invariant: every accepted request gets, for each of its n continuations, exactly one
-    Finished, or one Failed for the whole, unless it is cancelled."""
+    Finished, or one Failed for the whole, unless it is cancelled.
+
+    What happens when kvd goes away:
+
+        attached ──no answer──► alone ──resumed──► attached      same pages
+            │                     │
+            └─session or pool lost┴──► detached ──attached anew──► attached    all is recomputed
+
+    Alone it computes what the pages that it has are enough for; nobody but it has them.
+    """
 
     def __init__(
-        self, attach: Attach, tokenizer: Tokenizer, options: EngineOptions, first: Attachment
+        self,
+        attach: Attach,
+        tokenizer: Tokenizer,
+        options: EngineOptions,
+        first: Attachment,
+        alive: Callable[[], None] = lambda: None,
     ) -> None:
+        """`alive` is called again and again while all is well: at least every IDLE_WAIT_S, unless
+        a step takes longer."""
         self._attach = attach
-        self._tokenizer = tokenizer
         self._options = options
-        # not an Event: `stop` is called from a signal handler, which may interrupt this very thread
-        # inside the Event's lock; SimpleQueue.put is reentrant
-        self._wake: SimpleQueue[None] = SimpleQueue()
-        self._lock = threading.Lock()  # guards the four that other threads touch
-        self._inbox: deque[tuple[GenerationRequest, Emit]] = deque()
-        self._cancelled: set[str] = set()
+        self._alive = alive
+        self._intake = Intake()
         self._stopping = False
         self._stop_by = float("inf")
-        self._requests: dict[str, list[Sequence]] = {}  # what is not finished, by request
-        self._pace = PrefillPace()
-        self._computed_tokens = 0  # that went through the model, in all
-        self._attached: Attachment | None = None
-        self._scheduler: Scheduler | None = None
-        self._calls = StepCalls()
-        self._begin_session(first)
+        self._outage = Outage(options.kvd_outage_s)
+        self._is_alone = False
+        self._attached: Attachment | None = first
+        self._pool_tokens = first.pool_tokens
+        self._work = Work(tokenizer, options, first.pool.layout.page_size)
 
     # --- any thread
 
     def submit(self, request: GenerationRequest, emit: Emit) -> None:
         """See modelworker.requests.Engine."""
-        with self._lock:
+        with self._intake.lock:
             self._check(request)
-            self._inbox.append((request, emit))
-        self._wake.put(None)
+            self._intake.put(request, emit)
+        self._intake.wake()
 
     def cancel(self, request_id: str) -> None:
-        with self._lock:
-            self._cancelled.add(request_id)
-        self._wake.put(None)
+        self._intake.cancel(request_id)
 
     def health(self) -> dict[str, object]:
-        scheduler, attached = self._scheduler, self._attached
-        status = "stopping" if self._stopping else "ok" if attached else "detached"
+        attached, away_s = self._attached, self._away_s()
+        status = "ok" if not away_s else "away"
+        if away_s > self._outage.limit_s:
+            status = "detached"
         return {
-            "status": status,
-            "running": len(scheduler.running) if scheduler else 0,
-            "waiting": (len(scheduler.waiting) if scheduler else 0) + len(self._inbox),
+            "status": "stopping" if self._stopping else status,
+            "running": len(self._work.scheduler.running),
+            "waiting": self._num_waiting(),
             "session": attached.client.session if attached else None,
-            "computed_tokens": self._computed_tokens,
+            "computed_tokens": self._work.computed_tokens,
+            "kvd_away_s": round(away_s, 3),
         }
 
     def stop(self) -> None:
         """Let what was accepted finish, as far as time allows, then return from `run`."""
         self._stop_by = time.monotonic() + self._options.drain_timeout_s
         self._stopping = True
-        self._wake.put(None)
+        self._intake.wake()
+
+    def _away_s(self) -> float:
+        return self._outage.lasted(time.monotonic())
+
+    def _num_waiting(self) -> int:
+        scheduler = self._work.scheduler
+        begun = len(scheduler.waiting) + scheduler.beginning.num_sequences
+        return begun + self._intake.num_sequences
 
     def _check(self, request: GenerationRequest) -> None:
-        attached, scheduler = self._attached, self._scheduler
         if self._stopping:
             raise Draining("the worker is shutting down")
-        if attached is None or scheduler is None:
-            raise DaemonUnreachable("the worker has no kvd daemon: retry when it is back")
-        self._namespace(request)
+        if self._outage.is_long(time.monotonic()):
+            raise self._too_long()
+        self._options.namespace(request.salt)
         prompt, new = len(request.prompt_ids), request.params.max_tokens
-        context, pool = self._options.context_len, attached.pool_tokens
+        context, pool = self._options.context_len, self._pool_tokens
         if max(request.prompt_ids) >= self._options.vocab_size:
             raise BadRequest(
                 f"token id {max(request.prompt_ids)} is not below the model's vocabulary of "
@@ -147,7 +135,7 @@ class WorkerEngine:
                 wanted=prompt + new,
                 limit=min(context, pool),
             )
-        waiting = len(scheduler.waiting) + sum(queued.n for queued, _ in self._inbox)
+        waiting = self._num_waiting()
         if waiting and waiting + request.n > self._options.max_queued:
             raise QueueFull(
                 f"{waiting} sequences wait already and {request.n} more are asked for; at most "
@@ -156,6 +144,12 @@ class WorkerEngine:
                 limit=self._options.max_queued,
             )
 
+    def _too_long(self) -> DaemonUnreachable:
+        return DaemonUnreachable(
+            f"kvd has been away for {self._away_s():.0f} s, longer than requests wait "
+            f"(--kvd-outage-s {self._outage.limit_s:g}): retry when it is back"
+        )
+
     # --- the engine's thread
 
     def run(self) -> None:
@@ -163,207 +157,185 @@ class WorkerEngine:
         longer this model's."""
         try:
             while not self._stopping or self._has_work():
-                if self._attached is None and not self._reattach():
-                    self._wait(REATTACH_WAIT_S)
-                    continue
-                try:
-                    self._wait(self.step())
-                except KvdError as e:
-                    log.warning("kvd.lost", code=e.code, reason=e.message, exc_info=not e.retryable)
-                    # Whatever it was, it was nothing that the requests asked for.
-                    self._lose_session(SessionEnded(f"the worker lost its session: {e.message}"))
+                self._intake.wait(self.turn())
         except BaseException:
-            self._lose_session(SessionEnded("the worker has failed"))
+            self._end(SessionEnded("the worker has failed"))
             raise
-        self._lose_session(Draining("the worker has stopped"))
+        self._end(Draining("the worker has stopped"))
 
     def _has_work(self) -> bool:
-        unfinished = self._inbox or self._requests or len(self._calls)
+        work = self._work
+        unfinished = self._intake or work.requests or (len(work.calls) and not self._is_alone)
         return bool(unfinished) and time.monotonic() < self._stop_by
 
-    def _wait(self, seconds: float) -> None:
-        with suppress(Empty):
-            if seconds:
-                self._wake.get(timeout=seconds)
-            while True:
-                self._wake.get_nowait()
+    def turn(self) -> float:
+        """One step, with kvd or without. Returns how long there is nothing to do, unless something
+        comes in."""
+        self._alive()
+        arrived, cancelled = self._intake.take()
+        for request, emit in arrived:
+            self._work.add(request, emit)
+        for request_id in cancelled:
+            self._work.cancel(request_id)
+        attached = self._attached or self._attach_anew()
+        if attached is None:
+            self._fail_overdue()
+            return RETRY_S
+        try:
+            return self._step_alone(attached) if self._is_alone else self._step(attached)
+        except KvdError as e:
+            if not isinstance(e, DaemonUnreachable):
+                self._lose_session(attached, e)
+            elif attached.client.fenced:
+                self._lose_session(attached, SessionEnded(f"kvd has ended it meanwhile: {e}"))
+            else:
+                self._go_on_alone(e)
+            return 0.0
 
-    def step(self) -> float:
-        """One step of `run`. Returns how long there is nothing to do, unless something comes in."""
-        attached, scheduler, calls = self._attached, self._scheduler, self._calls
-        assert attached is not None and scheduler is not None
-        self._take_in(attached, scheduler)
+    def _step(self, attached: Attachment) -> float:
+        scheduler, calls = self._work.scheduler, self._work.calls
+        if not attached.client.alive:
+            raise DaemonUnreachable("the daemon closed the session")
         now = time.monotonic()
+        scheduler.beginning.ask(calls, now)
+        if scheduler.beginning.is_asked:
+            self._make_calls(attached)
         for notice in attached.client.notices():
             if notice.kind != "yield":
                 scheduler.heard(notice.kind, notice.request, notice.tokens, now)
             elif scheduler.preempt(notice.request, calls):
                 log.info("sequence.preempted", number=notice.request)
         scheduler.reserve(calls, now)
-        self._make_calls(attached, scheduler)
-        chunks = scheduler.chunks()
-        if not chunks:
-            if not attached.client.alive:
-                raise DaemonUnreachable("the daemon closed the session")
-            if len(calls):
-                return 0.0
-            return STARVED_WAIT_S if self._requests else IDLE_WAIT_S
-        self._compute(attached, scheduler, chunks)
-        return 0.0
+        self._make_calls(attached)
+        self._outage.end()
+        self._fail_overdue()
+        if self._work.compute(attached) or len(calls):
+            return 0.0
+        return STARVED_WAIT_S if self._work.requests else IDLE_WAIT_S
 
-    def _make_calls(self, attached: Attachment, scheduler: Scheduler) -> None:
-        self._calls.make(attached.client.call)
+    def _make_calls(self, attached: Attachment, timeout_s: float = CALL_TIMEOUT_S) -> None:
+        def perform(call: Call[list[Any]], *, seq: int | None) -> list[Any]:
+            return attached.client.call(call, timeout_s, seq=seq)
+
+        self._work.calls.make(perform)
         # At once: what is copied from may be somebody else's after the next calls.
-        attached.runner.copy_pages(scheduler.take_copies())
+        attached.runner.copy_pages(self._work.scheduler.take_copies())
 
-    def _take_in(self, attached: Attachment, scheduler: Scheduler) -> None:
-        """New requests get their numbers; cancelled ones give their pages back."""
-        with self._lock:
-            arrived, self._inbox = self._inbox, deque()
-            cancelled, self._cancelled = self._cancelled, set()
-        for request, emit in arrived:
-            if request.request_id in cancelled:
-                continue
-            sequences = self._sequences(request, emit)
-            self._requests[request.request_id] = list(sequences)
-            scheduler.add(sequences, self._calls)
-        if arrived:
-            self._make_calls(attached, scheduler)
-        for request_id in cancelled:
-            for sequence in self._requests.pop(request_id, []):
-                scheduler.finish(sequence, self._calls)
+    # --- kvd goes away and comes back
 
-    def _sequences(self, request: GenerationRequest, emit: Emit) -> list[Sequence]:
-        space = self._namespace(request)
-        sequences = [
-            Sequence(
-                request,
-                index,
-                space,
-                IncrementalText(self._tokenizer, request.params.stop),
-                new_generator(request.params.seed, index),
-                emit,
-                time.monotonic(),
-            )
-            for index in range(request.n)
-        ]
-        leader, followers = sequences[0], sequences[1:]
-        leader.followers = list(followers)
-        for follower in followers:
-            follower.leader = leader
-        return sequences
+    def _go_on_alone(self, error: KvdError) -> None:
+        """kvd does not answer. The pages are still ours, whatever it did with the last calls."""
+        self._is_alone = True
+        if self._outage.begin(time.monotonic()):
+            running = len(self._work.scheduler.running)
+            log.warning("kvd.away", reason=error.message, running=running)
 
-    def _namespace(self, request: GenerationRequest) -> Namespace:
-        version = self._options.weights_version
-        return Namespace(model=self._options.model, weights_version=version, salt=request.salt)
+    def _step_alone(self, attached: Attachment) -> float:
+        """Compute on in the pages that are there, and look whether kvd is back."""
+        if self._outage.may_try(time.monotonic()) and self._is_back(attached):
+            return 0.0
+        self._fail_overdue()
+        scheduler = self._work.scheduler
+        scheduler.leases.use(scheduler.running, self._work.calls)  # heard if kvd was only slow
+        return 0.0 if self._work.compute(attached) else RETRY_S
 
-    def _compute(self, attached: Attachment, scheduler: Scheduler, chunks: list[Chunk]) -> None:
-        """Run the chunks, sample for those that are complete, hand the tokens out."""
-        began_s = time.monotonic()
-        logits = attached.runner.run([chunk.for_runner() for chunk in chunks])
-        self._note_pace(chunks, time.monotonic() - began_s)
-        tokens = self._sample(logits, [c.sequence for c in chunks if c.is_complete])
-        for chunk in chunks:
-            leader, is_complete = chunk.sequence, chunk.is_complete
-            if leader.finished:  # with a sibling whose logits were bad
-                continue
-            followers = leader.followers
-            if is_complete and not all(s in tokens for s in (leader, *followers)):
-                self._fail(scheduler, leader.request, BadLogits(BAD_LOGITS))
-                continue
-            scheduler.computed(chunk, self._calls)
-            if not is_complete:
-                continue
-            for follower in followers:
-                follower.cached_tokens = leader.cached_tokens
-                self._append(scheduler, follower, tokens[follower])
-            if followers:
-                scheduler.fork(leader, self._calls)  # before the leader may end
-            self._append(scheduler, leader, tokens[leader])
+    def _is_back(self, attached: Attachment) -> bool:
+        """Raises PoolLost or SessionEnded."""
+        began_s, anew = time.monotonic(), 0
+        try:
+            if not attached.client.alive:
+                anew = resume(attached.client, self._work.scheduler, self._work.calls)
+                self._make_calls(attached)
+            else:  # it has only been slow: what it was asked is still to be answered
+                self._make_calls(attached, ASK_AGAIN_S)
+        except DaemonUnreachable:
+            return False
+        self._is_alone = False
+        log.info(
+            "kvd.resumed",
+            session=attached.client.session,
+            away_s=round(self._away_s(), 3),
+            resume_s=round(time.monotonic() - began_s, 3),
+            running=len(self._work.scheduler.running),
+            computed_anew=anew,
+        )
+        return True
 
-    def _sample(self, logits: torch.Tensor, complete: list[Sequence]) -> dict[Sequence, int]:
-        """Each sequence's next token by its row of logits; followers, who have their leader's
-        prompt, draw their first one from its row. None for those with unsound logits."""
-        groups = [[leader, *leader.followers] for leader in complete]
-        rows = [row for row, group in enumerate(groups) for _ in group]
-        each = [sequence for group in groups for sequence in group]
-        params = [sequence.request.params for sequence in each]
-        sampled = sample(logits[rows], params, [sequence.generator for sequence in each])
-        return {s: token for s, token in zip(each, sampled, strict=True) if token is not None}
+    def _lose_session(self, attached: Attachment, error: KvdError) -> None:
+        """Unmap the pool. All requests begin anew from the tokens that they have, but for those
+        that have lost too many sessions to something that no restart explains."""
+        self._outage.begin(time.monotonic())
+        is_bug = not isinstance(error, DaemonUnreachable | Draining | PoolLost | SessionEnded)
+        log.warning(
+            "kvd.lost",
+            code=error.code,
+            reason=error.message,
+            requests=len(self._work.requests),
+            exc_info=is_bug,
+        )
+        self._attached, self._is_alone = None, False
+        self._work.begin_anew(attached.pool.layout.page_size)
+        attached.close()
+        if is_bug:
+            self._work.fail_where(lambda first: _strike(first, error))
 
-    def _note_pace(self, chunks: list[Chunk], seconds: float) -> None:
-        self._computed_tokens += sum(chunk.num_tokens for chunk in chunks)
-        prompts = [chunk for chunk in chunks if not chunk.sequence.is_decoding]
-        self._pace.note(sum(chunk.num_tokens for chunk in prompts), seconds)
-
-    def _append(self, scheduler: Scheduler, sequence: Sequence, token: int) -> None:
-        params = sequence.request.params
-        sequence.token_ids.append(token)
-        ended = token in self._tokenizer.eos_ids and not params.ignore_eos
-        text = "" if ended else sequence.text.push([token])
-        reason: FinishReason | None = None
-        if ended or sequence.text.stopped:
-            reason = "stop"
-        elif sequence.num_generated >= params.max_tokens:
-            reason = "length"
-        if reason is not None and not sequence.text.stopped:
-            text += sequence.text.flush()
-        sequence.emit(Delta(sequence.index, text, (token,)))
-        if reason is not None:
-            self._finished(scheduler, sequence, reason)
-
-    def _fail(self, scheduler: Scheduler, request: GenerationRequest, error: KvdError) -> None:
-        """One request fails, others go on."""
-        sequences = self._requests.pop(request.request_id)
-        for sequence in sequences:
-            if sequence.number is not None:
-                scheduler.finish(sequence, self._calls)
-        log.warning("request.failed", request=request.request_id, code=error.code)
-        sequences[0].emit(Failed(error))
-
-    def _finished(self, scheduler: Scheduler, sequence: Sequence, reason: FinishReason) -> None:
-        scheduler.finish(sequence, self._calls)
-        left = self._requests[sequence.request.request_id]
-        left.remove(sequence)
-        if not left:
-            del self._requests[sequence.request.request_id]
-        cached = sequence.cached_tokens or 0
-        sequence.emit(Finished(sequence.index, reason, sequence.num_generated, cached))
-
-    # --- the daemon comes and goes
-
-    def _reattach(self) -> bool:
+    def _attach_anew(self) -> Attachment | None:
+        """None: there is no daemon now. Raises what another try cannot mend."""
+        if not self._outage.may_try(time.monotonic()):
+            return None
         try:
             attached = self._attach()
         except KvdError as e:
             if not e.retryable:
                 raise
-            return False
-        self._begin_session(attached)
-        return True
-
-    def _begin_session(self, attached: Attachment) -> None:
-        self._scheduler = Scheduler(
-            attached.pool.layout.page_size, self._options.limits, self._refused, self._pace
+            return None
+        self._attached, self._pool_tokens = attached, attached.pool_tokens
+        self._work.begin_anew(attached.pool.layout.page_size)
+        self._work.fail_where(self._over_pool)
+        log.info(
+            "kvd.attached",
+            session=attached.client.session,
+            pool=attached.pool.name,
+            away_s=round(self._away_s(), 3),
+            begun_anew=len(self._work.requests),
         )
-        self._attached = attached
-        log.info("kvd.attached", session=attached.client.session, pool=attached.pool.name)
+        return attached
 
-    def _refused(self, sequence: Sequence, error: KvdError) -> None:
-        assert self._scheduler is not None
-        self._fail(self._scheduler, sequence.request, error)
+    def _over_pool(self, first: Sequence) -> KvdError | None:
+        wanted = len(first.request.prompt_ids) + first.request.params.max_tokens
+        if wanted <= self._pool_tokens:
+            return None
+        return RequestTooLong(
+            f"kvd has come back with a pool of {self._pool_tokens} tokens, and this may need "
+            f"{wanted}: lower max_tokens",
+            wanted=wanted,
+            limit=self._pool_tokens,
+        )
 
-    def _lose_session(self, error: KvdError) -> None:
+    def _fail_overdue(self) -> None:
+        """Nobody waits for kvd longer than they may."""
+        now = time.monotonic()
+        if self._outage.is_long(now):
+            self._work.fail_where(lambda _: self._too_long())
+        for first in self._work.scheduler.beginning.overdue(now - self._outage.limit_s):
+            self._work.fail(first.request, Draining("kvd has begun nothing new for too long"))
+
+    def _end(self, error: KvdError) -> None:
         """Every request fails with the error, to be retried; then the pool is unmapped."""
-        attached, self._attached, self._scheduler = self._attached, None, None
-        self._calls = StepCalls()
-        with self._lock:
-            arrived, self._inbox = self._inbox, deque()
-            self._cancelled.clear()
+        attached, self._attached = self._attached, None
+        arrived, _ = self._intake.take()
         emits = [emit for _, emit in arrived]
-        emits += [sequences[0].emit for sequences in self._requests.values()]
-        self._requests.clear()
+        emits += [sequences[0].emit for sequences in self._work.requests.values()]
+        self._work.requests.clear()
         for emit in emits:
             emit(Failed(error))
         if attached is not None:
             attached.close()  # after the answers: where the daemon hangs, it takes a second
+
+
+def _strike(first: Sequence, error: KvdError) -> KvdError | None:
+    """One strike more. What the request fails with, if it has had enough."""
+    first.strikes += 1
+    if first.strikes < MOST_STRIKES:
+        return None
+    return SessionEnded(f"the worker has lost {first.strikes} sessions: {error.message}")

@@ -20,7 +20,8 @@ Forked = Callable[[list[int] | None, tuple[int, int] | None], None]
 def hold_tail(leader: Sequence, page_size: int, calls: StepCalls) -> None:
     """Hold the leader's last page until forks of it, asked for in the same step, are copied: the
     leader may end in that very step."""
-    tail = leader.refs[leader.num_computed // page_size :]
+    num_tokens = leader.num_computed
+    tail = leader.refs[num_tokens // page_size : pages_needed(num_tokens, page_size)]
     if tail:
         calls.add(verbs.share(tail), lambda _: calls.add(verbs.free(tail)))
 

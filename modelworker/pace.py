@@ -29,3 +29,24 @@ class PrefillPace:
     @property
     def tokens_per_s(self) -> float:
         return self._tokens / self._seconds if self._seconds else FIRST_GUESS
+
+
+class StepPace:
+    """How long a step takes, while there is always a next one. An average that forgets."""
+
+    def __init__(self) -> None:
+        self.seconds: float | None = None  # None: nothing was measured
+        self._last_s: float | None = None
+
+    def note(self, now: float) -> None:
+        """A step has been computed."""
+        if self._last_s is not None:
+            took_s = now - self._last_s
+            old = took_s if self.seconds is None else self.seconds
+            self.seconds = KEPT * old + (1 - KEPT) * took_s
+        self._last_s = now
+
+    def pause(self) -> None:
+        """There is nothing to do, or nothing can be done: the time until the next step is not a
+        step's."""
+        self._last_s = None

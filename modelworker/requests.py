@@ -109,7 +109,8 @@ class Engine(Protocol):
     def submit(self, request: GenerationRequest, emit: Emit) -> None:
         """Queue a request. `emit` is called from the engine's thread with its events.
 
-        Raises RequestTooLong, QueueFull, or a retryable KvdError while no daemon is attached.
+        Raises RequestTooLong, QueueFull, or a retryable KvdError when the daemon has been away for
+        too long.
         """
         ...
 
@@ -118,5 +119,6 @@ class Engine(Protocol):
         ...
 
     def health(self) -> dict[str, object]:
-        """`{"status": "ok" | "detached" | "stopping", "running": n, "waiting": n, ...}`."""
+        """`{"status": "ok" | "away" | "detached" | "stopping", "running": n, "waiting": n, ...}`.
+        Detached is away for too long."""
         ...

@@ -15,18 +15,19 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Callable
+from copy import copy
 from dataclasses import dataclass
-
-import numpy as np
 
 from kvd_shared import verbs
 from kvd_shared.errors import KvdError, NoPages, OverLimit
-from kvd_shared.refs import PageRefs, page_ids
+from kvd_shared.refs import PageRefs
 from kvd_shared.verbs import MatchResult
+from modelworker.beginning import Beginning
+from modelworker.chunk import Chunk
 from modelworker.forks import ask_fork, hold_tail
-from modelworker.pace import PrefillPace
+from modelworker.leases import Leases
+from modelworker.pace import PrefillPace, StepPace
 from modelworker.publishing import publish
-from modelworker.runner import SequenceChunk
 from modelworker.sequence import NEVER, Sequence
 from modelworker.step_calls import StepCalls
 from modelworker.waits import Waits
@@ -42,41 +43,22 @@ MUCH_SOONER = 4
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Limits:
     """Of one worker. After `patience_s` of waiting, age goes before cache hits. `waits`: for what
-    another sequence, here or in another worker, is computing of the same prompt."""
+    another sequence, here or in another worker, is computing of the same prompt.
+    `lease_ahead_s`: pages are leased for so much decoding without kvd."""
 
     max_batch_tokens: int = 512
     max_sequences: int = 32
     patience_s: float = 2.0
     waits: bool = True
-
-
-@dataclass(frozen=True, slots=True)
-class Chunk:
-    """The next `num_tokens` uncomputed tokens of a sequence."""
-
-    sequence: Sequence
-    num_tokens: int
-
-    @property
-    def is_complete(self) -> bool:
-        """Its last token is the sequence's newest: the logits give the next one."""
-        return self.num_tokens == self.sequence.num_uncomputed
-
-    def for_runner(self) -> SequenceChunk:
-        """The chunk as the model computes it; its last token's logits give the next token."""
-        s = self.sequence
-        return SequenceChunk(
-            s.token_ids[s.num_computed : s.num_computed + self.num_tokens],
-            s.num_computed,
-            page_ids(np.array(s.refs, dtype=np.int64)),
-            self.is_complete,
-        )
+    lease_ahead_s: float = 2.0
 
 
 class Scheduler:
-    """Invariants: a sequence is in `waiting` or `running`, not in both; only running ones hold
-    pages. `refuse` is called with sequences that kvd will not admit ever; `pace` is what `computed`
-    measures against that of others."""
+    """Invariants: a sequence that has not ended is in `beginning` (it has no number), `waiting` or
+    `running`, in one of them; only running ones hold pages, and those in `left`: what sequences
+    were that have given their pages back, until kvd has confirmed it. `refuse` is called with
+    sequences that kvd will not admit ever; `pace` is what `computed` measures against that of
+    others."""
 
     def __init__(
         self,
@@ -84,43 +66,37 @@ class Scheduler:
         limits: Limits,
         refuse: Callable[[Sequence, KvdError], None],
         pace: PrefillPace,
+        step_pace: StepPace,
     ) -> None:
         self.page_size = page_size
         self.limits = limits
         self.waiting: list[Sequence] = []
         self.running: list[Sequence] = []
+        self.left: list[Sequence] = []
+        self.beginning = Beginning(self.waiting.append, refuse)
+        self.waits = Waits()
+        self.leases = Leases(page_size, limits.lease_ahead_s, step_pace)
         self._refuse = refuse
         self._pace = pace
-        self._waits = Waits()
         self._copies: list[tuple[int, int]] = []
         self._over_limit: OverLimit | None = None  # what a growing sequence was told
 
     # --- in and out
 
-    def add(self, sequences: list[Sequence], calls: StepCalls) -> None:
-        """Queue the sequences of one request; kvd numbers them by age."""
-
-        def begun(first: int | KvdError) -> None:
-            if isinstance(first, KvdError):
-                self._refuse(sequences[0], first)
-                return
-            for i, sequence in enumerate(sequences):
-                sequence.number = first + i
-            self.waiting.extend(sequences)
-
-        calls.ask(verbs.begin(len(sequences)), begun)
-
     def finish(self, sequence: Sequence, calls: StepCalls) -> None:
         """The sequence is over, complete or not: keep what it computed in the cache, give back
         the rest."""
+        sequence.finished = True
+        if sequence.number is None:
+            self.beginning.drop(sequence)
+            return
         if sequence in self.running:
             self.running.remove(sequence)
             self._give_back(sequence, calls)
         else:
             self.waiting.remove(sequence)
-            self._waits.end(sequence)
+            self.waits.end(sequence)
         calls.add(verbs.end(sequence.age))
-        sequence.finished = True
 
     def preempt(self, number: int, calls: StepCalls) -> Sequence | None:
         """kvd asks a sequence to yield to an older one: publish, free, queue again."""
@@ -136,21 +112,41 @@ class Scheduler:
     def heard(self, kind: str, number: int, tokens: int, now: float) -> None:
         """kvd says to a sequence that waits for another's computing how that goes on: that its
         first `tokens` are cached now, and whether to ask for it again."""
-        if self._waits.heard(kind, number, now):
+        if self.waits.heard(kind, number, now):
             (sequence,) = (s for s in self.waiting if s.number == number)
             sequence.probed_tokens, sequence.probed_s = tokens, now
 
     def _give_back(self, sequence: Sequence, calls: StepCalls) -> None:
         publish(sequence, self.page_size, calls)
-        refs = sequence.back_to_waiting()
-        if refs:
-            calls.add(verbs.free(refs))
+        left = copy(sequence)
+        if refs := sequence.back_to_waiting():
+            self.left.append(left)
+            calls.add(verbs.free(refs), lambda _: self.left.remove(left))
+
+    # --- kvd has started anew
+
+    def forget_unanswered(self) -> None:
+        """kvd's answers to what it was asked will not come, and it has forgotten who waits and who
+        is refused. The pages are still held, and count as in use, leased ones too."""
+        for sequence in (*self.running, *self.left):
+            sequence.num_offered, sequence.num_leased = sequence.num_published, 0
+        for sequence in self.waiting:
+            sequence.refused = False
+            if sequence.is_forking:
+                sequence.leader = None  # it goes on by itself
+        self.beginning.ask_again()
+        self.waits.forget()
+        self._copies.clear()
+        self._over_limit = None
 
     # --- pages for the next step
 
     def reserve(self, calls: StepCalls, now: float) -> None:
         """Ask for the pages of the next step: first the running, by age, then new ones."""
         self.running.sort(key=lambda s: s.age)
+        self.leases.use(self.running, calls)
+        if self.leases.give_back(self.running, calls, now):
+            self._over_limit = None
         if self._over_limit is not None:
             self._shrink(self._over_limit, calls)
         for sequence in self.running:
@@ -158,17 +154,21 @@ class Scheduler:
             if missing:
                 self._grow(sequence, missing, calls)
         self._admit(calls, now)
+        self.leases.ask(self.running, calls, now)
 
     def _grow(self, sequence: Sequence, missing: int, calls: StepCalls) -> None:
         def granted(refs: PageRefs | KvdError) -> None:
-            if isinstance(refs, NoPages):
+            if isinstance(refs, NoPages | OverLimit):
+                self.leases.short()
+                if isinstance(refs, OverLimit):
+                    self._over_limit = refs
                 return  # it sits this step out; kvd knows that it wants them
-            if isinstance(refs, OverLimit):
-                self._over_limit = refs
-                return
             if isinstance(refs, KvdError):
                 raise refs
-            sequence.refs.extend(refs.tolist())
+            if sequence in self.running:
+                sequence.refs.extend(refs.tolist())
+            else:  # kvd was slow to answer, and it has ended
+                calls.add(verbs.free(refs))
 
         calls.ask(verbs.allocate(missing, sequence.number), granted)
 
@@ -186,7 +186,7 @@ class Scheduler:
         tokens = self.limits.max_batch_tokens - sum(s.num_uncomputed for s in self.running)
         if room <= 0 or tokens <= 0:
             return
-        may_start = (s for s in self.waiting if not s.leader and not self._waits.is_on(s, now))
+        may_start = (s for s in self.waiting if not s.leader and not self.waits.is_on(s, now))
         candidates = heapq.nsmallest(CANDIDATES, may_start, key=lambda s: s.age)
         if len(candidates) > 1:
             known = [s for s in candidates if s.probed_s > NEVER or not s.request.use_cache]
@@ -238,6 +238,8 @@ class Scheduler:
                     partial = [] if found.partial_ref is None else [found.partial_ref]
                     calls.add(verbs.free([*found.refs.tolist(), *partial]))
                 return
+            if isinstance(found, NoPages | OverLimit):
+                self.leases.short()
             if isinstance(found, NoPages):
                 sequence.refused = True
                 return  # it waits on; kvd knows that it wants them
@@ -248,14 +250,14 @@ class Scheduler:
             if isinstance(found, KvdError):
                 raise found
             if found.stop == "pending":  # what kvd keeps for it since it was refused, it still does
-                self._waits.begin(sequence, found, self._pace.tokens_per_s, now)
+                self.waits.begin(sequence, found, self._pace.tokens_per_s, now)
                 return
             sequence.refused = False
             self.waiting.remove(sequence)
             self.running.append(sequence)
             sequence.refs = found.refs.tolist()
             sequence.num_computed = found.matched_tokens + found.partial_tokens
-            sequence.num_published = found.num_matched_pages
+            sequence.num_published = sequence.num_offered = found.num_matched_pages
             if found.partial_ref is not None:
                 self._copies.append((found.partial_ref, sequence.refs[found.num_matched_pages]))
                 calls.add(verbs.free([found.partial_ref]))  # made after the copy
@@ -272,8 +274,8 @@ class Scheduler:
         if not sequence.request.use_cache:
             calls.ask(verbs.allocate(pages, sequence.number), granted)
             return
-        self._waits.end(sequence)
-        may_wait = self.limits.waits and self._waits.may_begin(sequence)
+        self.waits.end(sequence)
+        may_wait = self.limits.waits and self.waits.may_begin(sequence)
         call = verbs.acquire(
             sequence.namespace,
             sequence.token_ids,
@@ -312,7 +314,8 @@ class Scheduler:
             follower.refs, follower.num_computed = refs, num_computed
             # A page that turned out to be a duplicate is not in the tree: it is published anew.
             shared = leader.refs[: leader.num_published]
-            follower.num_published = len(shared) if shared and refs[: len(shared)] == shared else 0
+            in_tree = len(shared) if shared and refs[: len(shared)] == shared else 0
+            follower.num_published = follower.num_offered = in_tree
             follower.publishes = leader.publishes
             if copy is not None:
                 self._copies.append(copy)

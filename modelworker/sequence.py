@@ -17,12 +17,13 @@ class Sequence:
 
     ```
     token_ids   [0 ............ prompt ............)[ generated )
-    refs        [ in the tree, held )[ full, ours )[ filling )[ for later )
+    refs        [ in the tree, held )[ full, ours )[ filling )[ for later )[ leased ahead )
                 0                   num_published           num_computed tokens
     ```
-    Invariants: num_published pages are full and in the tree; num_computed <= num_tokens; while
-    waiting a sequence holds no page and nothing of it is computed. Those that follow a leader have
-    no token of their own as long as they are in its `followers`.
+    Invariants: num_published pages are full and, as kvd has answered, in the tree; num_published <=
+    num_offered, of which kvd has been told; num_computed <= num_tokens; while waiting a sequence
+    holds no page and nothing of it is computed. Those that follow a leader have no token of their
+    own as long as they are in its `followers`.
     """
 
     def __init__(
@@ -51,11 +52,14 @@ class Sequence:
         self.refs: list[int] = []
         self.num_computed = 0  # tokens whose K and V are in the pages
         self.num_published = 0  # pages
+        self.num_offered = 0  # pages
+        self.num_leased = 0  # of the last pages, which are not to be written yet
         self.cached_tokens: int | None = None  # found at the first admission
         self.refused = False  # when it last asked to be admitted: kvd keeps pages for it now
         self.probed_tokens = 0  # what the cache would give, when it was last asked
         self.probed_s = NEVER
         self.futile_waits = 0  # for others' computing, in a row
+        self.strikes = 0  # sessions that ended by what looks like a bug while it was there
 
     @property
     def num_tokens(self) -> int:
@@ -92,11 +96,36 @@ class Sequence:
     def num_full_pages(self, page_size: int) -> int:
         return self.num_computed // page_size
 
+    def pages_reached(self, page_size: int) -> list[int]:
+        """Leased pages that its tokens need now. They count as in use from here."""
+        first = len(self.refs) - self.num_leased
+        reached = self.refs[first : pages_needed(self.num_tokens, page_size)]
+        self.num_leased -= len(reached)
+        return reached
+
+    def pages_ahead(self) -> list[int]:
+        """Gives up the leased pages that it has not reached; returns their references."""
+        first = len(self.refs) - self.num_leased
+        ahead = self.refs[first:]
+        del self.refs[first:]
+        self.num_leased = 0
+        return ahead
+
     def back_to_waiting(self) -> list[int]:
         """Forget all pages; returns their references. The tokens stay, to be computed again."""
         refs, self.refs = self.refs, []
-        self.num_computed = self.num_published = 0
+        self.num_computed = self.num_published = self.num_offered = self.num_leased = 0
         return refs
+
+    def begin_anew(self) -> None:
+        """The pool is gone, and with it the number. The tokens stay."""
+        self.back_to_waiting()
+        self.number = None
+        self.refused = False
+        self.probed_tokens, self.probed_s, self.futile_waits = 0, NEVER, 0
+        self.publishes = self.request.use_cache
+        if self.num_generated:
+            self.leader = None
 
     def __repr__(self) -> str:
         return f"<sequence {self.number} of {self.request.request_id}>"

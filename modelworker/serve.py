@@ -18,10 +18,12 @@ from kvd_shared.errors import KvdError
 from kvd_shared.model_folder import BadModelFolder, model_fingerprint, weight_files
 from kvd_shared.progress import progress_line
 from modelworker.attachment import Attach, Attachment, attach
-from modelworker.engine import EngineOptions, WorkerEngine
+from modelworker.engine import WorkerEngine
+from modelworker.engine_options import EngineOptions
 from modelworker.http.app import create_app
 from modelworker.http.server import serve as serve_http
 from modelworker.http.service import ServedModel
+from modelworker.manager import Manager
 from modelworker.model import Model, load_model
 from modelworker.scheduler import Limits
 from modelworker.tokenizer import Tokenizer
@@ -47,6 +49,7 @@ class ServeOptions:
     max_model_len: int | None
     max_queued: int
     drain_timeout_s: float
+    kvd_outage_s: float
     weights_version: int
     limits: Limits
 
@@ -54,6 +57,7 @@ class ServeOptions:
 def serve(options: ServeOptions) -> None:
     """Runs until SIGTERM or SIGINT, then finishes what was accepted. Raises KvdError where
     starting or attaching cannot succeed."""
+    manager = Manager.from_environment(os.environ)
     model, fingerprint = _load(options.model, options.dtype)
     tokenizer = Tokenizer.from_folder(options.model)
 
@@ -76,9 +80,11 @@ def serve(options: ServeOptions) -> None:
             limits=options.limits,
             max_queued=options.max_queued,
             drain_timeout_s=options.drain_timeout_s,
+            kvd_outage_s=options.kvd_outage_s,
             weights_version=options.weights_version,
         ),
         first,
+        manager.alive,
     )
     served = ServedModel(
         id=options.served_model_name,
@@ -92,6 +98,8 @@ def serve(options: ServeOptions) -> None:
         on_ready=lambda url: log.info("worker.ready", name=options.name, url=url),
     )
 
+    manager.ready(f"serving {options.served_model_name}")
+
     def stop() -> None:
         engine.stop()
         http.stop()
@@ -102,6 +110,7 @@ def serve(options: ServeOptions) -> None:
     try:
         engine.run()
     finally:
+        manager.stopping()
         http.stop()
         http.wait()
         log.info("worker.stopped", name=options.name)

@@ -63,3 +63,7 @@ class Waits:
         wait = self._waits.pop(sequence.age, None)
         if wait is not None:
             sequence.futile_waits = 0 if wait.progressed else sequence.futile_waits + 1
+
+    def forget(self) -> None:
+        """kvd knows of no waits any more: everybody is asked for again."""
+        self._waits.clear()

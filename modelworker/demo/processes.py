@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 START_TIMEOUT_S = 120.0  # importing torch from a cold disk takes a while
@@ -35,7 +35,9 @@ class Process:
         self._log = log_dir / f"{name}-{time.monotonic_ns()}.log"
         command = [sys.executable, "-m", module, *args, "--log-format", "json"]
         command += ["--log-level", "info"]
-        env = {k: v for k, v in os.environ.items() if not k.startswith("KVD_")}
+        # no settings of the reader's, and no manager that keeps the daemon: the demo shows its own
+        others = ("KVD_", "NOTIFY_SOCKET", "LISTEN_", "WATCHDOG_", "FDSTORE")
+        env = {k: v for k, v in os.environ.items() if not k.startswith(others)}
         with self._log.open("wb") as out:
             # Its own process group: Ctrl-C reaches the demo alone, which then stops it in order.
             self._child = subprocess.Popen(
@@ -70,13 +72,15 @@ class Process:
         self._child.wait()
 
     def stop(self) -> None:
-        """SIGTERM; SIGKILL if that is not heeded."""
+        """SIGTERM, twice if the first is not heeded: the second cuts short what the daemon waits
+        for. Then SIGKILL."""
+        for _ in range(2):
+            if self._child.poll() is None:
+                self._child.send_signal(signal.SIGTERM)
+                with suppress(subprocess.TimeoutExpired):
+                    self._child.wait(STOP_TIMEOUT_S)
         if self._child.poll() is None:
-            self._child.send_signal(signal.SIGTERM)
-            try:
-                self._child.wait(STOP_TIMEOUT_S)
-            except subprocess.TimeoutExpired:
-                self.kill()
+            self.kill()
 
     def _records(self) -> list[dict[str, object]]:
         records = []
@@ -91,7 +95,8 @@ class Process:
 
 
 class Cluster:
-    """The daemon and its workers in one private folder. Use as a context manager."""
+    """The daemon, under its keeper, and its workers in one private folder. Use as a context
+    manager."""
 
     def __init__(self, model: Path, pool_size: str, root: Path) -> None:
         self.socket_dir = root / "sockets"

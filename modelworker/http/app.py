@@ -57,7 +57,8 @@ async def _model(request: Request) -> Response:
 
 async def _health(request: Request) -> Response:
     health = Service.of(request).engine.health()
-    return JSONResponse(health, 200 if health["status"] == "ok" else 503)
+    # while kvd is away for a moment, requests are taken as ever
+    return JSONResponse(health, 200 if health["status"] in ("ok", "away") else 503)
 
 
 def _model_object(served: ServedModel) -> dict[str, Any]:

@@ -4,39 +4,28 @@ test's to take."""
 from __future__ import annotations
 
 import random
-import time
 import zlib
-from collections import Counter, deque
 from collections.abc import Sequence
-from typing import Any, TypeVar, cast
+from typing import Any, cast
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
-from kvd.arguments import Arguments
-from kvd.cache import NO_OPTIONS, CacheManager
-from kvd.cache_check import check_cache
-from kvd.operations import step
-from kvd.options import CacheOptions
-from kvd.session import Session
-from kvd_shared.calls import Call
 from kvd_shared.client import KvdClient
+from kvd_shared.errors import DaemonUnreachable
 from kvd_shared.layout import PoolLayout
 from kvd_shared.lease import PoolOffer
 from kvd_shared.refs import page_of
-from kvd_shared.rpc import Notice
-from kvd_shared.wire import FrameWriter
 from modelworker.attachment import Attachment
-from modelworker.engine import EngineOptions, WorkerEngine
+from modelworker.engine import WorkerEngine
+from modelworker.engine_options import EngineOptions
 from modelworker.requests import Delta, Event, Failed, Finished, GenerationRequest, SamplingParams
 from modelworker.runner import ModelRunner, SequenceChunk
 from modelworker.scheduler import Limits
 from modelworker.tokenizer import Tokenizer
+from tests.modelworker.host import NOTHING, Client, Host
 
-T = TypeVar("T")
 VOCAB = 50
-NOTHING = -1  # in a slot that nobody has written
 
 
 def next_token(context: Sequence[int]) -> int:
@@ -52,93 +41,13 @@ def greedy(prompt: Sequence[int], num_tokens: int) -> list[int]:
     return tokens[len(prompt) :]
 
 
-class Host:
-    """A pool whose slots hold tokens in place of K and V, and its cache."""
-
-    def __init__(self, num_pages: int, page_size: int, options: CacheOptions = NO_OPTIONS) -> None:
-        self.cache = CacheManager(num_pages, page_size, options)
-        self.slots = np.full((num_pages, page_size), NOTHING, dtype=np.int64)
-        self.clients: list[Client] = []
-        self._refs = self._current()  # each page's, when it was last looked
-
-    def client(self, name: str) -> Client:
-        """A session of its own."""
-        self.clients.append(Client(self, len(self.clients) + 1, name))
-        return self.clients[-1]
-
-    def spoil_freed(self) -> None:
-        """A page that became free is somebody else's, for all that its last holder can know."""
-        refs = self._current()
-        self.slots[refs != self._refs] = NOTHING
-        self._refs = refs
-
-    def _current(self) -> npt.NDArray[np.int64]:
-        current = self.cache.free_list.current
-        return np.array([current(page) for page in range(self.cache.num_pages)])
-
-    def pass_on_notices(self) -> None:
-        notices, self.cache.notices = self.cache.notices, []
-        for kind, request, tokens in notices:
-            for client in self.clients:
-                if client.session is request.session:
-                    client.noticed.append(Notice(kind, request.number, tokens))
-
-    def check(self) -> None:
-        check_cache(self.cache)
-
-
-class Client:
-    """Stands for KvdClient; `calls` counts the operations by name."""
-
-    def __init__(self, host: Host, number: int, name: str) -> None:
-        self.alive = True
-        self.noticed: deque[Notice] = deque()
-        self.calls: Counter[str] = Counter()
-        self._host = host
-        self._number = number
-        self.session: Session = host.cache.open_session(number, name, 0.0)
-
-    def call(self, call: Call[T]) -> T:
-        """A step, through its wire form."""
-        writer = FrameWriter()
-        wire = call.to_wire(writer)
-        frames = [b"", *writer.frames]
-        self.calls.update(entry["op"] for entry in wire["args"]["calls"])
-        args, now = Arguments("step", wire["args"], frames), time.monotonic()
-        slices = step(self._host.cache, self.session, args, frames, now)
-        while True:
-            try:
-                next(slices)
-            except StopIteration as end:
-                results = end.value["results"]
-                break
-        self._host.spoil_freed()
-        self._host.pass_on_notices()
-        return call.read({"results": results}, [b""])
-
-    def notices(self) -> list[Notice]:
-        taken = list(self.noticed)
-        self.noticed.clear()
-        return taken
-
-    def close(self) -> None:
-        """Everything that the session holds comes back, as when its process dies."""
-        if self.alive:
-            self.alive = False
-            cache = self._host.cache
-            cache.release_session(self.session)
-            while cache.sweep(time.monotonic()):
-                pass
-            self._host.spoil_freed()
-            self._host.pass_on_notices()
-
-
 class Runner:
     """Stands for ModelRunner: writes its tokens into their slots, then reads the whole context."""
 
-    def __init__(self, host: Host) -> None:
+    def __init__(self, host: Host, client: Client) -> None:
         self._slots = host.slots
         self._page_size = host.cache.page_size
+        self._client = client
         self.batches: list[list[int]] = []  # tokens computed of each sequence, step by step
         self.num_copied = 0  # pages
 
@@ -163,7 +72,8 @@ class Runner:
             new = slice(chunk.start, stop)
             self._slots[pages[new], offsets[new]] = chunk.token_ids
             context = self._slots[pages, offsets]
-            assert NOTHING not in context, "a slot was read that nobody has written"
+            if NOTHING in context:  # what a fenced one reads is anybody's
+                assert self._client.fenced, "a slot was read that nobody has written"
             if chunk.wants_logits:
                 wanted.append(next_token(context.tolist()))
         return torch.nn.functional.one_hot(torch.tensor(wanted, dtype=torch.long), VOCAB).float()
@@ -180,9 +90,23 @@ class Worker:
         limits: Limits | None = None,
         weights_version: int = 0,
     ) -> None:
-        self.client = host.client(name)
-        self.runner = Runner(host)
         self.events: dict[str, list[Event]] = {}
+        self._host, self._name = host, name
+        options = EngineOptions(
+            model="m",
+            context_len=10_000,
+            vocab_size=VOCAB,
+            limits=limits or Limits(),
+            weights_version=weights_version,
+        )
+        self.engine = WorkerEngine(self._attach, tokenizer, options, self._attach())
+
+    def _attach(self) -> Attachment:
+        host = self._host
+        if not host.is_up:
+            raise DaemonUnreachable("there is no daemon")
+        self.client = host.client(self._name)
+        self.runner = Runner(host, self.client)
         layout = PoolLayout(
             num_layers=1,
             num_kv_heads=1,
@@ -192,22 +116,14 @@ class Worker:
         )
         offer = PoolOffer(
             name="default",
-            pool_id="0",
+            pool_id=host.pool_id,
             layout=layout,
             num_pages=host.cache.num_pages,
             model=None,
             chunk_bytes=[],
         )
         stand_ins = cast(KvdClient, self.client), offer, cast(ModelRunner, self.runner)
-        attached = Attachment(*stand_ins)
-        options = EngineOptions(
-            model="m",
-            context_len=10_000,
-            vocab_size=VOCAB,
-            limits=limits or Limits(),
-            weights_version=weights_version,
-        )
-        self.engine = WorkerEngine(lambda: attached, tokenizer, options, attached)
+        return Attachment(*stand_ins)
 
     def submit(
         self, request_id: str, prompt: Sequence[int], max_tokens: int, **options: Any
@@ -222,12 +138,12 @@ class Worker:
         return events
 
     def step(self) -> None:
-        self.engine.step()
+        self.engine.turn()
 
     @property
     def busy(self) -> bool:
         health = self.engine.health()
-        return bool(health["running"] or health["waiting"])
+        return bool(health["running"] or health["waiting"] or health["status"] == "away")
 
 
 def tokens_of(events: Sequence[Event], index: int = 0) -> list[int]:

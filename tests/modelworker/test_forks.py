@@ -14,8 +14,8 @@ from modelworker.requests import Failed, SamplingParams
 from modelworker.scheduler import Limits
 from modelworker.tokenizer import Tokenizer
 from tests.modelworker import toy_tokenizers
+from tests.modelworker.host import Host
 from tests.modelworker.in_process import (
-    Host,
     Worker,
     check_idle,
     finished,
@@ -39,7 +39,7 @@ def test_a_prompt_is_computed_once_and_its_pages_are_there_once(
     tokenizer: Tokenizer, num_prompt: int, use_cache: bool
 ) -> None:
     host, n = Host(64, PAGE_SIZE), 8
-    worker = Worker(host, tokenizer)
+    worker = Worker(host, tokenizer, limits=Limits(lease_ahead_s=0))
     prompt = prompt_of(num_prompt)
     events = worker.submit("a", prompt, 3, n=n, use_cache=use_cache)
     worker.step()  # the prompt

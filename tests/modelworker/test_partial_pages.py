@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from modelworker.tokenizer import Tokenizer
+from tests.modelworker.host import Host
 from tests.modelworker.in_process import (
-    Host,
     Worker,
     check_idle,
     finished,

@@ -11,8 +11,8 @@ from kvd_shared.rpc import Notice
 from modelworker.requests import RequestTooLong
 from modelworker.scheduler import Limits
 from modelworker.tokenizer import Tokenizer
+from tests.modelworker.host import Host
 from tests.modelworker.in_process import (
-    Host,
     Worker,
     check_idle,
     finished,
@@ -57,7 +57,7 @@ def test_pages_computed_twice_are_swapped_and_given_back(tokenizer: Tokenizer) -
     """Both workers compute one prompt in the same step, as they do where they do not wait for each
     other: the slower one's pages come back while it still decodes."""
     host = Host(32, PAGE_SIZE)
-    limits = Limits(waits=False)
+    limits = Limits(waits=False, lease_ahead_s=0)
     left, right = (Worker(host, tokenizer, name, limits) for name in ("left", "right"))
     prompt = prompt_of(33)
     events = [worker.submit("a", prompt, 30) for worker in (left, right)]
@@ -186,8 +186,8 @@ def test_salts_part_tenants(tokenizer: Tokenizer) -> None:
 @pytest.mark.parametrize("num_prompt", [8, 92])
 def test_two_that_need_60_percent_of_the_pool_each(tokenizer: Tokenizer, num_prompt: int) -> None:
     """The younger one yields, waits, and resumes from what is left of its pages."""
-    host = Host(20, PAGE_SIZE)
-    left, right = Worker(host, tokenizer, "left"), Worker(host, tokenizer, "right")
+    host, limits = Host(20, PAGE_SIZE), Limits(lease_ahead_s=0)
+    left, right = (Worker(host, tokenizer, name, limits) for name in ("left", "right"))
     prompts = [prompt_of(num_prompt, seed) for seed in range(2)]
     events = [
         worker.submit("a", prompt, 96 - num_prompt)
@@ -294,14 +294,14 @@ def test_any_load_in_a_tiny_pool(tokenizer: Tokenizer, seed: int) -> None:
 
 def check_worker(worker: Worker) -> None:
     """The scheduler's own invariants, between two steps."""
-    scheduler = worker.engine._scheduler
-    assert scheduler is not None
+    scheduler = worker.engine._work.scheduler
     assert not set(scheduler.waiting) & set(scheduler.running)
     for sequence in scheduler.waiting:
         assert not sequence.refs and not sequence.num_computed and not sequence.finished
     held = [ref for sequence in scheduler.running for ref in sequence.refs]
     tree = worker.client.session.nodes
-    own = {*worker.client.session.writing, *worker.client.session.sealed}
+    session = worker.client.session
+    own = {*session.leased, *session.writing, *session.sealed}
     for sequence in scheduler.running:
         assert sequence.num_published <= sequence.num_full_pages(PAGE_SIZE) <= len(sequence.refs)
         assert sequence.num_computed <= sequence.num_tokens

@@ -16,8 +16,8 @@ from modelworker.pace import FIRST_GUESS, PrefillPace
 from modelworker.scheduler import Limits
 from modelworker.sequence import Sequence
 from modelworker.tokenizer import Tokenizer
+from tests.modelworker.host import Host
 from tests.modelworker.in_process import (
-    Host,
     Worker,
     check_idle,
     finished,
@@ -242,7 +242,7 @@ def test_who_is_much_faster_does_not_wait(tokenizer: Tokenizer, clock: Clock) ->
     left.step()
     clock.now += 1.0
     left.step()  # publishes 16 tokens after a second: 48 more take it 3 seconds
-    right.engine._pace.note(100, 1.0)
+    right.engine._work._pace.note(100, 1.0)
     events = right.submit("a", PROMPT, 1)
     right.step()
     assert right.runner.batches == [[16]]

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from modelworker.requests import Failed
 from modelworker.tokenizer import Tokenizer
+from tests.modelworker.host import Host
 from tests.modelworker.in_process import (
-    Host,
     Worker,
     check_idle,
     finished,
