@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 INPUTS := pyproject.toml constraints.txt
 
-.PHONY: help demo test check mutants bench bench-daemon bench-trace bench-claims core core-remove \
+.PHONY: help demo test check mutants chaos bench bench-daemon bench-trace bench-claims core core-remove \
 	format clean
 
 help: ## show this help
@@ -26,6 +26,9 @@ check: $(VENV)/.dev ## ruff, mypy, import-linter
 
 mutants: $(VENV)/.dev ## apply one-line faults, see a test fail for each
 	$(BIN)/python -m tests.mutants.run $(ARGS)
+
+chaos: $(VENV)/.dev ## kill, stop, cut, flood a running kvd (ARGS="workers --kills 100"; all: over an hour)
+	$(BIN)/python -m tests.chaos $(ARGS)
 
 bench: bench-daemon bench-trace bench-claims ## all benchmarks, one after the other
 

@@ -71,7 +71,7 @@ def main() -> int:
         ops: list[str] = []
         note_operations(ops)
         vars(server)["ServingSelector"] = lambda: TimedSelector(out, ops)
-        return kvd_main(["serve", "--config", config])
+        return kvd_main(["serve", "--no-keeper", "--config", config])
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ import gc
 import numpy as np
 
 from kvd.cache import CacheManager
+from kvd.metadata import Metadata
 from kvd.results import Match
 from kvd.server import settle_collector
 from kvd.session import Session
@@ -45,10 +46,19 @@ class Garden:
     """A cache core, one session on it, and a clock that goes on with each operation.
 
     `head` are the tokens that every document begins with, so that they branch below it.
+    `recorded`: what the pages hold is recorded for a restart, as where the memory is kept.
     """
 
-    def __init__(self, num_pages: int, head: bytes = b"", seed: int = GARDEN_SEED) -> None:
-        self.cache = CacheManager(num_pages, PAGE_SIZE)
+    def __init__(
+        self,
+        num_pages: int,
+        head: bytes = b"",
+        seed: int = GARDEN_SEED,
+        *,
+        recorded: bool = False,
+    ) -> None:
+        meta = Metadata.in_memory(num_pages, PAGE_SIZE, recorded=recorded)
+        self.cache = CacheManager(num_pages, PAGE_SIZE, meta=meta)
         self.session: Session = self.cache.open_session(1, "benchmark", 0.0)
         self.head = head
         self.tokens = Tokens(seed)

@@ -7,8 +7,9 @@ from collections.abc import Callable
 from typing import Any
 
 from modelworker.attachment import Attachment
+from modelworker.chunk import Chunk
 from modelworker.engine import WorkerEngine
-from modelworker.scheduler import Chunk, Scheduler
+from modelworker.scheduler import Scheduler
 from modelworker.sequence import Sequence
 from tests.benchmarks.claims.front import ReservingFront
 from tests.benchmarks.claims.plan import Usage
@@ -57,12 +58,19 @@ class MeasuredEngine(WorkerEngine):
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
         self.meter = Meter()
+        run = self._work.run
+
+        def measured(attached: Attachment, chunks: list[Chunk]) -> None:
+            self._watch(self._work.scheduler, chunks)
+            run(attached, chunks)
+
+        self._work.run = measured  # type: ignore[method-assign]
 
     @property
     def busy(self) -> bool:
         return self._has_work()
 
-    def _compute(self, attached: Attachment, scheduler: Scheduler, chunks: list[Chunk]) -> None:
+    def _watch(self, scheduler: Scheduler, chunks: list[Chunk]) -> None:
         inside = [*scheduler.running, *scheduler.waiting]
         if self.front is None:
             usage = paged_usage(scheduler.running, scheduler.page_size)
@@ -73,7 +81,6 @@ class MeasuredEngine(WorkerEngine):
             usage = Usage(len(scheduler.running), taken, used)
             waiting = bool(self.front.num_queued)
         self.meter.step(usage, sum(chunk.num_tokens for chunk in chunks), waiting)
-        super()._compute(attached, scheduler, chunks)
 
 
 def paged_usage(running: list[Sequence], page_size: int) -> Usage:

@@ -17,7 +17,7 @@ from kvd_shared.logs import configure
 from kvd_shared.model_folder import model_fingerprint
 from modelworker.attachment import Attachment, attach
 from modelworker.cli import SHIPPED_MODEL
-from modelworker.engine import EngineOptions
+from modelworker.engine_options import EngineOptions
 from modelworker.model import load_model
 from modelworker.requests import (
     Delta,
@@ -36,8 +36,8 @@ from tests.benchmarks.claims.plan import Outcome, Plan
 from tests.benchmarks.claims.reservations import Buddy, FirstFit
 
 # Memory is to be the limit, not these: the token budget is vLLM's default, and no run reaches
-# that many sequences.
-LIMITS = Limits(max_batch_tokens=2048, max_sequences=512)
+# that many sequences. Leases go back as soon as anybody wants the pages: they are not what is used.
+LIMITS = Limits(max_batch_tokens=2048, max_sequences=512, lease_ahead_s=0)
 
 
 def main(socket_dir: Path, name: str) -> None:
@@ -101,7 +101,7 @@ def run(engine: MeasuredEngine, plan: Plan) -> Outcome:
         else:
             engine.front.submit(request, plan.reserve[i], listener(answer))
     while engine.busy:
-        pause = engine.step()
+        pause = engine.turn()
         if engine.busy:
             time.sleep(pause)
     wall_s, cpu_s = time.perf_counter() - began, time.process_time() - began_cpu
